@@ -659,15 +659,15 @@ class SampleStream(torch.utils.data.IterableDataset):
                     break
                 except BadSample as reason:
                     skipped[str(reason)] += 1
-                    self.check(skipped, len(samples))
+                    self.check(skipped, step // self.roles * (self.global_batch // self.world) + len(samples))
             else:
                 raise RuntimeError(f"{self.source.name}: not one of {n} samples can be used: {dict(skipped)}")
         return self.collate(samples, role, dict(skipped), skipped)
 
     def stream_batches(self, role, state):
         reader, n_readers = role * self.world + self.rank, self.roles * self.world
-        batch, n_good, skipped = [], 0, Counter()
-        for sample, state in self.stream_samples(reader, n_readers, state, skipped):
+        batch, n_good, skipped = [], state[4] if state else 0, Counter()
+        for sample, place in self.stream_samples(reader, n_readers, state, skipped):
             try:
                 batch.append(self.source.decode(sample, True))
             except BadSample as reason:
@@ -676,13 +676,13 @@ class SampleStream(torch.utils.data.IterableDataset):
                 continue
             n_good += 1
             if len(batch) == self.global_batch // self.world:
-                yield self.collate(batch, role, (*state, dict(skipped)), skipped)
+                yield self.collate(batch, role, (*place, n_good, dict(skipped)), skipped)
                 batch = []
 
     def stream_samples(self, reader, n_readers, state, skipped):
         """Undecoded samples in this reader's order, each with the state after it: (epoch, shard, sample in shard) at which
         its block starts, and its place in the block."""
-        epoch, shard, first, offset, known_skips = state or (0, 0, 0, 0, None)
+        epoch, shard, first, offset, _, known_skips = state or (0, 0, 0, 0, 0, None)
         while True:
             block, end = self.read_block(reader, n_readers, epoch, shard, first, skipped)
             if known_skips is not None:             # a resumed block was counted when it was first read

@@ -50,10 +50,12 @@ from vtp import (PRESETS, VTP, SSLHead, denormalize, find_checkpoint, preset, re
 # What depends on the model's size. tiny: tuned for 2 CPU cores and a few minutes. Others: the paper's batch ratios 8 : 2 : 1.
 # lr None: 2e-4 sqrt(batch / 1024), DINOv2's rule at ViT-L/14, which at 16k gives 8e-4, inside OpenCLIP's 5e-4 to 1e-3.
 RECIPES = {
-    "tiny": dict(samples=36_000, batch_size=128, ssl_batch_size=32, rec_batch_size=64, lr=1e-3, layer_decay=1.0, patch_embed_lr=1.0,
-                 drop_path_ssl=0.0, prototypes=1024, head_hidden=512, head_dim=128, lpips="none", train_size=16384),
-    "other": dict(samples=100_000_000, batch_size=1024, ssl_batch_size=None, rec_batch_size=None, lr=None, layer_decay=0.9, patch_embed_lr=0.2,
-                  drop_path_ssl=0.3, prototypes=65536, head_hidden=2048, head_dim=256, lpips="auto", train_size=65536),
+    "tiny": dict(samples=36_000, batch_size=64, ssl_batch_size=8, rec_batch_size=32, lr=1e-3, layer_decay=1.0, patch_embed_lr=1.0, drop_path_ssl=0.0,
+                 lambda_rec=1.0, teacher_temp=[0.02, 0.02], teacher_momentum=0.99, io_gain=3.0,
+                 prototypes=1024, head_hidden=512, head_dim=128, lpips="none", train_size=16384),
+    "other": dict(samples=100_000_000, batch_size=1024, ssl_batch_size=None, rec_batch_size=None, lr=None, layer_decay=0.9, patch_embed_lr=0.2, drop_path_ssl=0.3,
+                  lambda_rec=0.1, teacher_temp=[0.04, 0.07], teacher_momentum=0.992, io_gain=1.0,
+                  prototypes=65536, head_hidden=2048, head_dim=256, lpips="auto", train_size=65536),
 }
 MAY_CHANGE_ON_RESUME = {"resume", "workers", "log_every", "eval_every", "checkpoint_every", "compile", "cuda_graph", "max_skipped"}
 
@@ -81,9 +83,11 @@ def make_parser():
     add(g, "--model", "tiny", f"size: {', '.join(PRESETS)}")
     add(g, "--image_size", None, "side in pixels; default: the size's own (tiny 64, others 256)", type=int)
     add(g, "--latent_dim", 64, "channels d of the latents (the paper: 64, 256 in one ablation)")
+    add(g, "--io_gain", None, "factor on the initial bottleneck and the decoder's first and last layer. Their std is 0.02 at every width, "
+        "which lets half of the signal through at width 1024 and a few per cent of it at 256: details then stay unlearned for long", type=float)
     add(g, "--init", None, "start from a folder or hub id, released weights included; its config then gives the model")
     g = parser.add_argument_group("objectives: L = lambda_rec L_rec + lambda_ssl L_ssl + lambda_clip L_clip")
-    add(g, "--lambda_rec", 0.1, "weight of L1 + LPIPS (paper, v2)")
+    add(g, "--lambda_rec", None, "weight of L1 + LPIPS (paper, v2: 0.1; more where there is no LPIPS)", type=float)
     add(g, "--lambda_ssl", 1.0, "weight of self-distillation; 0 builds no teacher")
     add(g, "--lambda_clip", 1.0, "weight of the image-text loss; 0 builds no text tower")
     add(g, "--lpips", None, "'auto' fetches VGG16 and the LPIPS layers, 'none' is L1 alone, or a folder that holds the two files")
@@ -106,14 +110,15 @@ def make_parser():
     add(g, "--weight_decay", 0.04, "at the start; cosine to --weight_decay_end; none on biases, norms, LayerScale, anything under 2 axes (DINOv2)")
     add(g, "--weight_decay_end", 0.4, "at the end (DINOv2; OpenCLIP: 0.2 throughout)")
     add(g, "--betas", [0.9, 0.98], "of AdamW (OpenCLIP; DINOv2: 0.9 0.999)", type=float, nargs=2)
-    add(g, "--eps", 1e-6, "of AdamW (OpenCLIP; DINOv2: 1e-8)")
+    add(g, "--eps", 1e-8, "of AdamW (DINOv2; OpenCLIP: 1e-6)")
     add(g, "--clip_grad", 3.0, "largest gradient norm of each submodule (DINOv2)")
     add(g, "--layer_decay", None, "learning-rate factor from one block to the one before it (DINOv2 ViT-L/16)", type=float)
     add(g, "--patch_embed_lr", None, "further factor of the patch embedding (DINOv2)", type=float)
     add(g, "--drop_path", 0.0, "stochastic depth in image passes (CLIP and reconstruction; the authors' rate is unpublished)")
     add(g, "--drop_path_ssl", None, "stochastic depth in the student's SSL passes (DINOv2)", type=float)
-    add(g, "--teacher_momentum", 0.992, "of the EMA teacher, cosine to 1 (DINOv2)")
-    add(g, "--teacher_temp", [0.04, 0.07], "of the teacher's softmax, linear from the first to the second (DINOv2)", type=float, nargs=2)
+    add(g, "--teacher_momentum", None, "of the EMA teacher, cosine to 1 (DINOv2)", type=float)
+    add(g, "--teacher_temp", None, "of the teacher's softmax, linear from the first to the second (DINOv2). In a run of minutes its targets would "
+        "become uniform: while views of an image agree little, they must be sharper", type=float, nargs=2)
     add(g, "--teacher_temp_warmup", 0.3, "over this part of the run (DINOv2: 30 of 100 epochs)")
     add(g, "--freeze_prototypes", 0.01, "the head's last layer does not learn before this part of the run (DINOv2: 1 epoch of 100)")
     g = parser.add_argument_group("run")
@@ -171,7 +176,7 @@ def check_args(args):
     for name in ("lambda_rec", "lambda_ssl", "lambda_clip", "koleo", "weight_decay", "weight_decay_end", "min_lr"):
         if not getattr(args, name) >= 0:
             raise ValueError(f"--{name} {getattr(args, name)}: must not be negative")
-    for name in ("samples", "batch_size", "log_every", "prototypes", "head_hidden", "head_dim", "lr", "eps", "clip_grad", "train_size", "eval_samples", "n_local"):
+    for name in ("samples", "batch_size", "log_every", "prototypes", "head_hidden", "head_dim", "lr", "eps", "clip_grad", "io_gain", "train_size", "eval_samples", "n_local"):
         if not getattr(args, name) > 0:
             raise ValueError(f"--{name} {getattr(args, name)}: must be positive")
     for name in ("warmup", "drop_path", "drop_path_ssl", "teacher_momentum", "teacher_temp_warmup", "freeze_prototypes", "max_skipped"):
@@ -410,6 +415,11 @@ def build_state(args, device):
             if names and rank() == 0:
                 parts = sorted({n.split(".")[0] for n in names})
                 print(f"{len(names)} tensors are {what}: {', '.join(parts)}")
+    else:
+        with torch.no_grad():
+            for name, p in model.named_parameters():
+                if name.endswith(("feature_bottleneck.weight", "proj_in.weight", "proj_out.weight")):
+                    p.mul_(args.io_gain)
     head = SSLHead(config.semantic_dim, args.prototypes, args.head_hidden, args.head_dim) if args.lambda_ssl > 0 else None
     model.to(device)
     model.trunk.checkpoint_blocks = args.checkpoint_blocks
