@@ -797,12 +797,19 @@ def resampling_matrix(start, length, in_size, out_size, flip=None):
 
 
 def resample(images, boxes, out_size, flip=None):
-    """Crop and resize (B, 3, C, C) to (B, 3, out_size, out_size), each sample by its own box (4, B) in shares of the side."""
-    C = images.shape[-1]
+    """Crop and resize images (B, 3, C, C) to n crops of each, (n B, 3, out_size, out_size), crop by crop.
+
+    boxes (4, n B) in shares of the side, a box for each crop, and flip (n B,) bool. Two matrix products, in which the
+    crops of an image stand below each other, so that the image itself is read once and never repeated.
+    """
+    B, C = len(images), images.shape[-1]
+    n = boxes.shape[1] // B
     left, top, width, height = boxes * C
-    rows = resampling_matrix(top, height, C, out_size)[:, None]              # (B, 1, out, C)
-    columns = resampling_matrix(left, width, C, out_size, flip)[:, None]
-    return rows @ images @ columns.transpose(-2, -1)
+    rows = resampling_matrix(top, height, C, out_size).view(n, B, out_size, C)
+    columns = resampling_matrix(left, width, C, out_size, flip).view(n, B, out_size, C)
+    x = rows.transpose(0, 1).reshape(B, 1, n * out_size, C) @ images                             # (B, 3, n out, C)
+    x = x.view(B, 3, n, out_size, C) @ columns.permute(1, 0, 3, 2)[:, None]                      # (B, 3, n, out, out)
+    return x.permute(2, 0, 1, 3, 4).reshape(n * B, 3, out_size, out_size)
 
 
 def clip_view(canvases, generator, batch_size, size):
@@ -871,17 +878,20 @@ def gaussian_blur(x, sigma):
     return matrix @ x @ matrix.transpose(-2, -1)
 
 
-def augment(canvases, uniform, size, area, blur_probability, solarize_probability):
-    """One DINOv2 crop of each sample: canvases (b, 3, C, C) in [0, 1] -> normalised (b, 3, size, size), from uniform (36, b).
+def augment(canvases, uniform, size, area, blur_rates, solarize_rates):
+    """DINOv2's n crops of each sample: canvases (b, 3, C, C) in [0, 1] -> normalised (n b, 3, size, size), crop by crop.
 
-    Crop and flip; colour jitter and greyscale; blur; solarise.
+    uniform (36, n, b) in [0, 1); blur_rates and solarize_rates: n probabilities. Crop and flip; colour jitter and greyscale;
+    blur; solarise.
     """
+    rate = lambda rates: torch.tensor(rates, device=canvases.device).repeat_interleave(len(canvases))      # (n b,)
+    uniform = uniform.flatten(1)
     boxes, u = draw_boxes(uniform[:22], area), uniform[22:]
     x = resample(canvases, boxes, size, flip=u[0] < 0.5).clamp(0, 1)
     x = colour_jitter(x, u[1:11])
-    x = gaussian_blur(x, torch.where(u[11] < blur_probability, 0.1 + 1.9 * u[12], 0.0))
-    if solarize_probability > 0:
-        x = torch.where((u[13] < solarize_probability).view(-1, 1, 1, 1) & (x >= 128 / 255), 1 - x, x)
+    x = gaussian_blur(x, torch.where(u[11] < rate(blur_rates), 0.1 + 1.9 * u[12], 0.0))
+    if any(solarize_rates):
+        x = torch.where((u[13] < rate(solarize_rates)).view(-1, 1, 1, 1) & (x >= 128 / 255), 1 - x, x)
     return normalize(x)
 
 
@@ -891,11 +901,10 @@ def ssl_views(canvases, generator, batch_size, global_size, local_size, n_local)
     2 global crops (area 0.32 to 1) and n_local local ones (0.05 to 0.32). Blur: 1.0, 0.1 and 0.5, the rates that the paper
     of DINO states; DINOv2's published code has them inverted (0, 0.9, 0.5). batch_size is global.
     """
-    kinds = [(global_size, (0.32, 1.0), 1.0, 0.0), (global_size, (0.32, 1.0), 0.1, 0.2)] + n_local * [(local_size, (0.05, 0.32), 0.5, 0.0)]
-    uniform = _local(torch.rand(len(kinds), 36, batch_size, generator=generator, device=canvases.device))
-    canvases = canvases.float() / 255
-    crops = [augment(canvases, u, *kind) for u, kind in zip(uniform, kinds)]
-    return torch.cat(crops[:2]), torch.cat(crops[2:])
+    canvases, device = canvases.float() / 255, canvases.device
+    uniform = lambda n: _local(torch.rand(36, n, batch_size, generator=generator, device=device))
+    return (augment(canvases, uniform(2), global_size, (0.32, 1.0), (1.0, 0.1), (0.0, 0.2)),
+            augment(canvases, uniform(n_local), local_size, (0.05, 0.32), n_local * (0.5,), n_local * (0.0,)))
 
 
 # ----------------------------------------------------------------------------------------------------------------------

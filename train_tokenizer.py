@@ -50,11 +50,11 @@ from vtp import (PRESETS, VTP, SSLHead, denormalize, find_checkpoint, preset, re
 # What depends on the model's size. tiny: tuned for 2 CPU cores and a few minutes. Others: the paper's batch ratios 8 : 2 : 1.
 # lr None: 2e-4 sqrt(batch / 1024), DINOv2's rule at ViT-L/14, which at 16k gives 8e-4, inside OpenCLIP's 5e-4 to 1e-3.
 RECIPES = {
-    "tiny": dict(samples=36_000, batch_size=64, ssl_batch_size=8, rec_batch_size=32, lr=1e-3, layer_decay=1.0, patch_embed_lr=1.0, drop_path_ssl=0.0,
-                 lambda_rec=1.0, teacher_temp=[0.02, 0.02], teacher_momentum=0.99, io_gain=3.0,
+    "tiny": dict(samples=25_600, batch_size=32, ssl_batch_size=8, rec_batch_size=32, n_local=4, lr=1e-3, layer_decay=1.0, patch_embed_lr=1.0, drop_path_ssl=0.0,
+                 lambda_rec=3.0, teacher_temp=[0.02, 0.02], teacher_momentum=0.99, io_gain=3.0,
                  prototypes=1024, head_hidden=512, head_dim=128, lpips="none", train_size=16384),
     "other": dict(samples=100_000_000, batch_size=1024, ssl_batch_size=None, rec_batch_size=None, lr=None, layer_decay=0.9, patch_embed_lr=0.2, drop_path_ssl=0.3,
-                  lambda_rec=0.1, teacher_temp=[0.04, 0.07], teacher_momentum=0.992, io_gain=1.0,
+                  n_local=8, lambda_rec=0.1, teacher_temp=[0.04, 0.07], teacher_momentum=0.992, io_gain=1.0,
                   prototypes=65536, head_hidden=2048, head_dim=256, lpips="auto", train_size=65536),
 }
 MAY_CHANGE_ON_RESUME = {"resume", "workers", "log_every", "eval_every", "checkpoint_every", "compile", "cuda_graph", "max_skipped"}
@@ -94,7 +94,7 @@ def make_parser():
     add(g, "--prototypes", None, "K, outputs of the SSL head (DINOv2: 65,536)", type=int)
     add(g, "--head_hidden", None, "width of the SSL head (DINOv2: 2048)", type=int)
     add(g, "--head_dim", None, "width before the prototypes (DINOv2: 256)", type=int)
-    add(g, "--n_local", 8, "local crops a sample (DINOv2: 8), 3/8 of the image's side")
+    add(g, "--n_local", None, "local crops a sample (DINOv2: 8), 3/8 of the image's side", type=int)
     add(g, "--mask_ratio", [0.1, 0.5], "lowest and highest share of masked patches, in half of the global crops (DINOv2)", type=float, nargs=2)
     add(g, "--koleo", 0.1, "weight of KoLeo within L_ssl (DINOv2)")
     g = parser.add_argument_group("length and batch")

@@ -154,7 +154,7 @@ def preset(name, **changes):
 
 PRESETS = {
     # f16d64 at 64 px with byte text: wide and shallow, since 16 patches leave little else for a CPU's matrix units to do
-    "tiny": lambda: _towers((256, 4, 4), (256, 3, 4), (192, 2, 3), vision_clip_feat="pooled", image_size=64, text_context_length=64, text_vocab_size=259),
+    "tiny": lambda: _towers((320, 3, 5), (320, 2, 5), (192, 2, 3), vision_clip_feat="pooled", image_size=64, text_context_length=64, text_vocab_size=259),
     "small": lambda: _towers((384, 12, 6), (384, 12, 6)),
     "base": lambda: _towers((768, 12, 12), (768, 12, 12)),
     "large": lambda: _towers((1024, 24, 16), (1024, 24, 16)),

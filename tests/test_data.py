@@ -360,10 +360,10 @@ def test_views_depend_on_seed_and_step_not_on_the_number_of_ranks(monkeypatch):
 
 def test_solarise_and_blur_rates():
     canvases = torch.full((400, 3, 16, 16), 0.9)
-    uniform = torch.rand(36, 400, generator=step_generator(0, 0, "cpu"))
+    uniform = torch.rand(36, 1, 400, generator=step_generator(0, 0, "cpu"))
     uniform[22 + 1] = uniform[22 + 2] = 0.99              # no jitter, no greyscale
     from vtp import denormalize
-    out = denormalize(augment(canvases, uniform, 16, (0.32, 1.0), 0.5, 0.2))[:, 0, 8, 8]
+    out = denormalize(augment(canvases, uniform, 16, (0.32, 1.0), (0.5,), (0.2,)))[:, 0, 8, 8]
     solarised = (out - 0.1).abs() < 1e-3
     assert 0.14 < solarised.float().mean() < 0.26 and torch.allclose(out[~solarised], torch.tensor(0.9), atol=1e-3)
 
