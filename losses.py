@@ -103,15 +103,18 @@ def sinkhorn_knopp(logits, temperature, n_iterations=3):
     which reads the matrix twice an iteration instead of rewriting it four times.
     """
     logits = logits.float() / temperature
-    highest = logits.max()
+    row_max = logits.amax(dim=1)
+    highest = row_max.max()
     if world_size() > 1:
         dist.all_reduce(highest, op=dist.ReduceOp.MAX)
-    Q = (logits - highest).exp()                                           # a common factor changes nothing
+    # a common factor changes nothing; each sample's own is put back through its scale, so that none can vanish in fp32
+    Q = (logits - row_max[:, None]).exp()
     B, K = len(Q) * world_size(), Q.shape[1]
-    sample_scale = Q.new_ones(len(Q))
+    sample_scale = (row_max - highest).exp()                                           # (b,)
     for _ in range(n_iterations):
-        prototype_scale = 1 / (K * sum_over_ranks(sample_scale @ Q))       # (K,)
-        sample_scale = 1 / (B * (Q @ prototype_scale))                     # (b,)
+        prototype_sum = sum_over_ranks(sample_scale @ Q)                               # (K,)
+        prototype_scale = 1 / (K * prototype_sum.clamp(min=1e-30))
+        sample_scale = 1 / (B * (Q @ prototype_scale))
     return Q * (B * sample_scale)[:, None] * prototype_scale
 
 

@@ -88,8 +88,8 @@ def test_schedules_have_their_ends_and_are_fractions_of_the_run(micro_model, tmp
         assert values[0]["lr"] == pytest.approx(args.lr / (n / 10)) and max(v["lr"] for v in values) == pytest.approx(args.lr, rel=1e-3)
         assert values[n // 2]["lr"] == pytest.approx(train.cosine(args.lr, 1e-6, 0.4 / 0.9), rel=1e-6)
         assert values[0]["teacher_temp"] == 0.04 and values[3 * n // 10]["teacher_temp"] == pytest.approx(0.07) == values[-1]["teacher_temp"]
-        assert values[0]["teacher_momentum"] == 0.992 and values[-1]["teacher_momentum"] == pytest.approx(1, abs=1e-4)
-        assert values[0]["weight_decay"] == 0.04 and values[-1]["weight_decay"] == pytest.approx(0.4, abs=1e-3)
+        assert values[0]["teacher_momentum"] == pytest.approx(0.992) and values[-1]["teacher_momentum"] == pytest.approx(1, abs=1e-4)
+        assert values[0]["weight_decay"] == pytest.approx(0.04) and values[-1]["weight_decay"] == pytest.approx(0.4, abs=1e-3)
 
 
 def test_dino_loss_pairs_each_student_view_with_every_teacher_view_of_another_crop(micro_model, tmp_path):
@@ -141,7 +141,7 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(micro_model, t
     train.train_step(state, broken)
     assert all(torch.equal(a, b) for a, b in zip(before, everything()))
     assert {k: v.item() for k, v in state.totals.items()} == {k: v.item() for k, v in totals.items()}
-    arguments = ({}, 2, 1.0, 0.0, 1, 1.0, {})
+    arguments = (train.set_schedules(state, 2, 10), 2, 1.0, 0.0, 1, 1.0, {})
     row, line = train.train_row(state, dict(step=2, samples=8), *arguments)
     assert row["skipped_steps"] == 1 and "1 steps (not finite)" in line and math.isfinite(row["loss"])
     train.train_step(state, broken)
@@ -196,13 +196,18 @@ def test_a_killed_run_resumes_bit_for_bit(micro_model, tmp_path, monkeypatch, ki
 
 
 def test_two_ranks_have_the_loss_curve_of_one(micro_model, tmp_path):
-    common = ["train_tokenizer.py", "--init", micro_model, *FAST, "--samples", "160", "--batch_size", "8", "--ssl_batch_size", "4", "--rec_batch_size", "4", "--eval_every", "20"]
-    fields = ("loss", "loss_clip", "loss_rec", "loss_dino", "loss_mim", "loss_koleo", "grad_norm")
+    common = ["train_tokenizer.py", "--init", micro_model, *FAST, "--samples", "160", "--batch_size", "8", "--ssl_batch_size", "4", "--rec_batch_size", "4",
+              "--eval_every", "20", "--head_hidden", "512", "--head_dim", "64", "--lr", "3e-4", "--eps", "1e-6"]
+    fields = ("loss", "loss_clip", "loss_rec", "loss_dino", "loss_mim", "loss_koleo")
     for n in (1, 2):
         run_script([*common, "--out", tmp_path / f"r{n}"], n_ranks=n)
     one, two = (torch.tensor(rows_of(tmp_path / f"r{n}", "train", *fields)) for n in (1, 2))
-    assert len(one) == 20 and (one[0, 1] - one[-1, 1]).abs() > 0.05
-    torch.testing.assert_close(two[:, :-1], one[:, :-1], atol=1e-4, rtol=1e-4)       # the bound, over 20 steps in fp32
+    assert len(one) == 20 and (one[0, 1] - one[-1, 1]).abs() > 0.5
+    torch.testing.assert_close(two[:2], one[:2], atol=2e-5, rtol=0)                # fp32, before differences have fed back
+    # Later the bfloat16 rotation turns differences in the last bit into jumps of 1/256 of a q or k here and there: 1e-4 holds
+    # relative to the losses (2 to 10). KoLeo is the log of a distance between features that are nearly equal at first.
+    torch.testing.assert_close(two[:, :-1], one[:, :-1], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(two[:, -1], one[:, -1], atol=5e-3, rtol=0)
     measures = [evaluate.read_metrics(str(tmp_path / f"r{n}"))[-1] for n in (1, 2)]
     assert measures[0]["psnr"] == pytest.approx(measures[1]["psnr"], abs=1e-2)
     assert measures[0]["flops"] == measures[1]["flops"]
@@ -235,7 +240,9 @@ def test_help_teaches(capsys):
     with pytest.raises(SystemExit):
         train.parse_args(["--help"])
     text = capsys.readouterr().out
-    assert "torchrun" in text and "DINOv2" in text and "OpenCLIP" in text and "None]" not in text.replace("[None]", "", 0) or True
+    assert "torchrun --nproc_per_node=8" in text and "DINOv2" in text and "OpenCLIP" in text
+    for action in train.make_parser()._actions:
+        assert action.help and (action.option_strings[-1] in text)
 
 
 def test_a_checkpoint_is_replaced_whole_or_not_at_all(micro_model, tmp_path, monkeypatch):

@@ -58,7 +58,7 @@ def slow_rotation(height, width, head_dim):
     for row in range(height):
         for column in range(width):
             coords = [2 * (bf(place + 0.5) / n) - 1 for place, n in ((row, height), (column, width))]
-            half = [bf(2 * math.pi) * coord / period if False else (2 * math.pi * coord) / period for coord in coords for period in periods]
+            half = [2 * math.pi * coord / period for coord in coords for period in periods]
             angles.append(torch.stack(half + half))
     angles = torch.stack(angles)
     return angles.cos(), angles.sin()
