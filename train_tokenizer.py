@@ -10,7 +10,7 @@ The paper's autoencoder baseline, which reconstructs and nothing else:
 
 8 GPUs on one node, WebDataset tars:
     torchrun --nproc_per_node=8 train_tokenizer.py --model large --data 'datacomp/{00000..09999}.tar' --val_data val.tar \\
-        --batch_size 1024 --samples 100000000 --out runs/vtp-l
+        --batch_size 4096 --checkpoint_blocks --samples 1100000000 --out runs/vtp-l
 
 Two such nodes (run on each, with its own --node_rank):
     torchrun --nnodes=2 --node_rank=0 --master_addr=HOST --master_port=29500 --nproc_per_node=8 train_tokenizer.py ...
@@ -20,6 +20,7 @@ The folder gets run.json (arguments, git state, versions), metrics.jsonl, checkp
 """
 import argparse
 import copy
+import ctypes
 import json
 import math
 import os
@@ -618,6 +619,14 @@ class Log:
             tqdm.write(line)
 
 
+def keep_freed_memory():
+    """Let the C library keep large freed blocks: else a step on a CPU gets each activation anew from the kernel, which zeroes it."""
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(-3, 2 ** 30)          # M_MMAP_THRESHOLD
+        libc.mallopt(-1, 2 ** 31 - 1)      # M_TRIM_THRESHOLD
+
+
 def matmul_rate(device):
     """FLOP/s of a bf16 matrix product, measured here and now (2048 cubed on a CPU): what a step's rate is compared with."""
     n = 2048 if device.type == "cpu" else 8192
@@ -724,6 +733,14 @@ def open_data(args, config, device):
     return source, workers, tokenize, (held_out, data.load_evaluation_set(source, 4 * args.eval_samples))
 
 
+def fetch_files(args, config):
+    """Fetch what the run needs and the cache lacks, so that it is done once, before ranks read it."""
+    if args.lambda_rec > 0 and args.lpips != "none":
+        LPIPS(args.lpips)
+    if args.lambda_clip > 0:
+        data.make_tokenizer(config.text_vocab_size, args.bpe)
+
+
 def evaluate_now(state, tokenize, samples, args, row, out):
     """Measure on held-out data and draw reconstructions -> a row of kind eval, and its line for the screen."""
     measured = evaluate.evaluate_tokenizer(state.model, *samples, tokenize, bf16=args.precision == "bf16")
@@ -776,13 +793,12 @@ def main(argv=None):
     args = parse_args(argv)
     device = init_distributed()
     torch.set_float32_matmul_precision("high")
+    if device.type == "cpu":
+        keep_freed_memory()
     config, out = model_config(args), args.out
-    if rank() == 0:                  # what has to be fetched is fetched once
+    if rank() == 0:
         os.makedirs(out, exist_ok=True)
-        if args.lambda_rec > 0 and args.lpips != "none":
-            LPIPS(args.lpips)
-    if rank() == 0 and args.lambda_clip > 0:
-        data.make_tokenizer(config.text_vocab_size, args.bpe)
+        fetch_files(args, config)
     barrier()
     source, workers, tokenize, samples = open_data(args, config, device)
     state = build_state(args, device)
@@ -797,7 +813,7 @@ def main(argv=None):
     log = Log(out, step)
     if rank() == 0:
         n_parameters = sum(p.numel() for p in state.model.parameters())
-        print(f"{'tiny' if not args.init and args.model == 'tiny' else args.init or args.model}: {n_parameters / 1e6:.1f}M parameters on {source.name}; {n_steps} steps of {args.batch_size} "
+        print(f"{args.init or args.model}: {n_parameters / 1e6:.1f}M parameters on {source.name}; {n_steps} steps of {args.batch_size} "
               f"(SSL {args.ssl_batch_size if args.lambda_ssl else 0}, reconstruction {args.rec_batch_size if args.lambda_rec else 0}), "
               f"{flops_per_step / 1e9:.0f} GFLOPs each; {world_size()} x {device.type}, matmul {peak / 1e9:.0f} GFLOP/s", flush=True)
         if samples is None:
