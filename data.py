@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 
 from losses import rank, world_size
-from vtp import download, normalize
+from vtp import constant, download, normalize
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The built-in set: procedural scenes with captions
@@ -680,37 +680,43 @@ class SampleStream(torch.utils.data.IterableDataset):
                 batch = []
 
     def stream_samples(self, reader, n_readers, state, skipped):
-        """Undecoded samples in this reader's order, each with the state after it: (epoch, shard, sample in shard) at which
-        its block starts, and its place in the block."""
-        epoch, shard, first, offset, _, known_skips = state or (0, 0, 0, 0, 0, None)
+        """Undecoded samples in this reader's order, each with where it stands: (epoch, shard, sample in shard) at which its
+        block starts, and its place in the block plus one."""
+        *start, offset, _, known_skips = state or (0, 0, 0, 0, 0, None)
+        in_order = self.samples_in_order(reader, n_readers, *start, skipped)
         while True:
-            block, end = self.read_block(reader, n_readers, epoch, shard, first, skipped)
+            block = []
+            for sample, end in in_order:
+                if sample is None:                  # a block does not cross the end of an epoch
+                    break
+                block.append(sample)
+                if len(block) == self.source.shuffle_buffer:
+                    break
             if known_skips is not None:             # a resumed block was counted when it was first read
                 skipped.clear()
                 skipped.update(known_skips)
                 known_skips = None
-            if not block and (epoch, shard, first) == (epoch, 0, 0):
+            if not block and start[1:] == [0, 0]:
                 raise RuntimeError(f"{self.source.name}: a whole epoch had no sample for reader {reader} of {n_readers}: {dict(skipped)}")
-            order = np.random.default_rng([self.seed, reader, epoch, shard, first]).permutation(len(block))
+            order = np.random.default_rng([self.seed, reader, *start]).permutation(len(block))
             for place in range(offset, len(block)):
-                yield block[order[place]], (epoch, shard, first, place + 1)
-            (epoch, shard, first), offset = end, 0
+                yield block[order[place]], (*start, place + 1)
+            start, offset = list(end), 0
 
-    def read_block(self, reader, n_readers, epoch, shard, first, skipped):
-        """Up to shuffle_buffer samples from (epoch, shard, first) on, within the epoch -> samples, where the next block starts."""
+    def samples_in_order(self, reader, n_readers, epoch, shard, first, skipped):
+        """This reader's samples as they lie in its shards, each with the place (epoch, shard, sample) after it; None ends an epoch."""
         paths = self.source.paths
-        order = permutation(self.seed, epoch, len(paths))
-        by_shard = len(paths) >= n_readers
-        mine = order[reader::n_readers] if by_shard else order
-        block = []
-        for k in range(shard, len(mine)):
-            for i, sample in enumerate(self.source.shard(paths[mine[k]], skipped)):
-                if (k == shard and i < first) or (not by_shard and i % n_readers != reader):
-                    continue
-                block.append(sample)
-                if len(block) == self.source.shuffle_buffer:
-                    return block, (epoch, k, i + 1)
-        return block, (epoch + 1, 0, 0)
+        while True:
+            order = permutation(self.seed, epoch, len(paths))
+            by_shard = len(paths) >= n_readers
+            mine = order[reader::n_readers] if by_shard else order
+            for k in range(shard, len(mine)):
+                for i, sample in enumerate(self.source.shard(paths[mine[k]], skipped)):
+                    if i >= first and (by_shard or i % n_readers == reader):
+                        yield sample, (epoch, k, i + 1)
+                first = 0
+            epoch, shard = epoch + 1, 0
+            yield None, (epoch, 0, 0)
 
 
 def make_loader(stream, n_workers, pin_memory=False):
@@ -832,7 +838,7 @@ def shift_hue(x, shift):
     safe = torch.where(chroma > 0, chroma, 1.0)
     hue = torch.where(value == r, (g - b) / safe, torch.where(value == g, 2 + (b - r) / safe, 4 + (r - g) / safe))   # in sixths of a turn
     hue = hue + 6 * shift[:, 0]
-    corners = torch.tensor([5.0, 3.0, 1.0], device=x.device).view(3, 1, 1)
+    corners = constant((5.0, 3.0, 1.0), x.device).view(3, 1, 1)
     k = (corners + hue[:, None]) % 6
     return value[:, None] - chroma[:, None] * torch.minimum(k, 4 - k).clamp(0, 1)
 
@@ -847,9 +853,9 @@ def colour_jitter(x, uniform, strengths=(0.4, 0.4, 0.2, 0.1), probability=0.8, g
     apply, is_grey, factors, keys = uniform[0] < probability, uniform[1] < grey_probability, uniform[2:6], uniform[6:10]
     order = keys[:3].argsort(dim=0)                                             # (3, B): which blend comes first, second, third
     before_hue = keys[:3].gather(0, order) < keys[3]
-    strength = torch.tensor(strengths, device=x.device)[:, None]
+    strength = constant(strengths, x.device)[:, None]
     changes = torch.where(apply, strength * (2 * factors - 1), 0.0)             # factor - 1; 0 changes nothing
-    luma, identity = torch.tensor(LUMA, device=x.device), torch.eye(3, device=x.device)
+    luma, identity = constant(LUMA, x.device), torch.eye(3, device=x.device)
     to_grey = luma.expand(3, 3)
     shape, x = x.shape, x.flatten(2)                                            # (B, 3, H W)
     for is_due in (before_hue, ~before_hue):
@@ -884,7 +890,7 @@ def augment(canvases, uniform, size, area, blur_rates, solarize_rates):
     uniform (36, n, b) in [0, 1); blur_rates and solarize_rates: n probabilities. Crop and flip; colour jitter and greyscale;
     blur; solarise.
     """
-    rate = lambda rates: torch.tensor(rates, device=canvases.device).repeat_interleave(len(canvases))      # (n b,)
+    rate = lambda rates: constant(rates, canvases.device)[:, None].expand(-1, len(canvases)).flatten()      # (n b,)
     uniform = uniform.flatten(1)
     boxes, u = draw_boxes(uniform[:22], area), uniform[22:]
     x = resample(canvases, boxes, size, flip=u[0] < 0.5).clamp(0, 1)

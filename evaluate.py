@@ -199,7 +199,7 @@ def draw_chart(lines, title, x_label="", y_label="", log_x=False, size=(440, 300
     y_low, y_high = (f(y for _, y in points) for f in (min, max))
     x_high += (x_high == x_low)
     margin = 0.05 * (y_high - y_low) or max(abs(y_high), 1) * 0.05
-    y_low, y_high = y_low - margin, y_high + margin
+    y_low, y_high = y_low - margin, y_high + margin * (1 if len(lines) == 1 else 1 + 1.5 * len(lines))      # room for the legend
 
     def at(x, y):
         return (left + (place(x) - x_low) / (x_high - x_low) * (right - left), bottom - (y - y_low) / (y_high - y_low) * (bottom - top))
@@ -231,8 +231,8 @@ def draw_chart(lines, title, x_label="", y_label="", log_x=False, size=(440, 300
     if len(legend) > 1:
         width = max(draw.textlength(name, font=small) for name, _ in legend) + 24
         # on the side where the lines leave more room at the top
-        mine = [(at(x, y)) for x, y in points]
-        is_left = sum(1 for x, y in mine if x < (left + right) / 2 and y < top + 18 * len(legend)) < sum(1 for x, y in mine if x >= (left + right) / 2 and y < top + 18 * len(legend))
+        near_top = [x for x, y in (at(*p) for p in points) if y < top + 15 * len(legend)]
+        is_left = 2 * sum(x < (left + right) / 2 for x in near_top) < len(near_top)
         x0 = left + 6 if is_left else right - width
         for i, (name, colour) in enumerate(legend):
             y0 = top + 8 + 15 * i

@@ -8,6 +8,7 @@ VTP, the visual tokenizer of "Towards Scalable Pre-training of Visual Tokenizers
 An encoder, a pixel decoder and a text tower, all ViTs, and the self-supervised head that only training needs.
 Module and parameter names are the released checkpoint's tensor names, so loading is a strict load_state_dict.
 """
+import functools
 import json
 import math
 import os
@@ -24,15 +25,21 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
+@functools.lru_cache(maxsize=None)
+def constant(values, device):
+    """A tuple of numbers as an fp32 tensor on a device, copied there once: a copy in every step would wait for the device."""
+    return torch.tensor(values, dtype=torch.float32, device=device)
+
+
 def normalize(pixels):
     """Pixels in [0, 1], (B, 3, H, W), to what the models read and write: minus ImageNet's mean, over its std."""
-    mean, std = (torch.tensor(v, dtype=pixels.dtype, device=pixels.device).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
+    mean, std = (constant(v, pixels.device).to(pixels.dtype).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
     return (pixels - mean) / std
 
 
 def denormalize(images):
     """The inverse of normalize. Reconstructions may leave [0, 1]: clamp them before they are shown or measured."""
-    mean, std = (torch.tensor(v, dtype=images.dtype, device=images.device).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
+    mean, std = (constant(v, images.device).to(images.dtype).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
     return images * std + mean
 
 

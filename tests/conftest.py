@@ -16,7 +16,7 @@ SHARED = os.path.join(os.path.dirname(ROOT), "shared")     # data too large for 
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "gpu: needs a CUDA device; skipped without one")
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)      # the models are tiny, and threads that wait for each other cost more than they help
 
 
 def pytest_collection_modifyitems(items):

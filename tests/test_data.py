@@ -204,6 +204,13 @@ def test_tars_resume_exactly(tars, n_workers):
         tar_stream(tars, n_workers=4, position=position)
 
 
+def test_tars_are_read_once_an_epoch(tars, monkeypatch):
+    opened, real = [], tarfile.open
+    monkeypatch.setattr(tarfile, "open", lambda *a, **k: opened.append(a[0]) or real(*a, **k))
+    take(tar_stream(tars, buffer=4), 14)
+    assert len(opened) == 3 and len(set(opened)) == 3
+
+
 def test_what_is_broken_is_skipped_and_counted(tmp_path):
     good = [sample(i) for i in range(40)]
     bad = [sample(100, png=good[0]["png"][:30]), sample(101, txt=None), sample(102, png=None), sample(103, cls=b"zebra")]
