@@ -464,9 +464,14 @@ class FolderSource:
 
     is_stream = False
 
-    def __init__(self, folder, canvas, class_names=None):
+    def __init__(self, folder, canvas, class_names=None, folders=None):
+        """folders: class folders in the order of their labels, those of the training set for held-out data; default: sorted."""
         self.canvas, self.name = canvas, folder
-        folders = sorted(e.name for e in os.scandir(folder) if e.is_dir())
+        here = sorted(e.name for e in os.scandir(folder) if e.is_dir())
+        unknown = set(here) - set(folders or here)
+        if unknown:
+            raise ValueError(f"{folder} has class folders that the training data lacks: {', '.join(sorted(unknown)[:5])}")
+        self.folders = folders = folders or here
         self.files = [(os.path.join(root, f), label) for label, name in enumerate(folders)
                       for root, _, names in sorted(os.walk(os.path.join(folder, name), followlinks=True)) for f in sorted(names)
                       if f.rpartition(".")[2].lower() in IMAGE_EXTENSIONS]
@@ -526,7 +531,7 @@ class TarSource:
         if sample:
             yield sample
 
-    def decode(self, sample, draft, rng=None):
+    def decode(self, sample, draft):
         """{extension: bytes} -> (canvas, caption, label). Raises BadSample."""
         extension = next((e for e in sample if e.rpartition(".")[2] in IMAGE_EXTENSIONS), None)
         if extension is None:
@@ -536,14 +541,16 @@ class TarSource:
             try:
                 fields = json.loads(sample["json"])
             except ValueError:
-                raise BadSample("broken .json") from None
+                fields = None
+            if not isinstance(fields, dict):
+                raise BadSample("broken .json")
         caption = sample["txt"].decode(errors="replace").strip() if "txt" in sample else str(fields.get("caption") or "").strip()
         if not caption and self.needs_caption:
             raise BadSample("no caption")
         label = sample.get("cls", b"").decode(errors="replace").strip() if self.label == "cls" else fields.get(self.label, "")
         try:
             label = -1 if label == "" else self.class_names.index(label) if self.class_names and label in self.class_names else int(label)
-        except (ValueError, TypeError):
+        except (ValueError, TypeError, OverflowError):
             raise BadSample("label is neither a number nor one of the class names") from None
         try:
             return load_canvas(io.BytesIO(sample[extension]), self.canvas, draft), caption, label
@@ -558,13 +565,23 @@ def expand_paths(pattern):
         span = re.fullmatch(r"(\d+)\.\.(\d+)", match[1])
         choices = [str(i).zfill(len(span[1])) for i in range(int(span[1]), int(span[2]) + 1)] if span else match[1].split(",")
         return [path for c in choices for path in expand_paths(pattern[:match.start()] + c + pattern[match.end():])]
-    return sorted(glob.glob(pattern))
+    return sorted(glob.glob(pattern)) if glob.has_magic(pattern) else [pattern]
 
 
-def open_source(data, canvas, split="train", train_size=8192, classnames=None, label="cls", needs_caption=True):
+def find_tars(pattern):
+    """The tars that a glob or brace pattern means. FileNotFoundError if there is none, or one that a brace names is missing."""
+    paths = expand_paths(pattern)
+    missing = [p for p in paths if not os.path.isfile(p)]
+    if not paths or missing:
+        raise FileNotFoundError(f"no data at {missing[0] if missing else pattern!r}: expected a folder of class folders, or tars by glob "
+                                "or brace pattern such as 'train-{00000..00041}.tar' (in quotes, or the shell expands it)")
+    return paths
+
+
+def open_source(data, canvas, split="train", train_size=8192, classnames=None, label="cls", needs_caption=True, folders=None):
     """The source that --data means: None (the built-in set), a folder of class folders, or tars by glob or brace pattern.
 
-    classnames: a file with a class name on each line, in the order of the labels. Raises FileNotFoundError or ValueError.
+    classnames: a file with a class name on each line, in the order of the labels; folders: as in FolderSource. Raises FileNotFoundError or ValueError.
     """
     names = None
     if classnames:
@@ -574,13 +591,8 @@ def open_source(data, canvas, split="train", train_size=8192, classnames=None, l
         return BuiltinSource(train_size if split == "train" else 2048, canvas, split)
     if os.path.isdir(data):
         tars = sorted(glob.glob(os.path.join(data, "*.tar")))
-        return TarSource(tars, canvas, names, label, needs_caption=needs_caption) if tars else FolderSource(data, canvas, names)
-    paths = expand_paths(data)
-    missing = [p for p in paths if not os.path.isfile(p)]
-    if not paths or missing:
-        raise FileNotFoundError(f"no data at {missing[0] if missing else data!r}: expected a folder of class folders, or tars by glob "
-                                "or brace pattern such as 'train-{00000..00041}.tar' (in quotes, or the shell expands it)")
-    return TarSource(paths, canvas, names, label, needs_caption=needs_caption)
+        return TarSource(tars, canvas, names, label, needs_caption=needs_caption) if tars else FolderSource(data, canvas, names, folders)
+    return TarSource(find_tars(data), canvas, names, label, needs_caption=needs_caption)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -728,14 +740,16 @@ def make_loader(stream, n_workers, pin_memory=False):
 def load_evaluation_set(source, n, seed=0):
     """This rank's share of n samples in a fixed order -> images uint8 (m, 3, C, C), captions, labels int64 (m,).
 
-    Sources with random access: a random subset that depends on the seed alone; tars: their first n samples. Unusable
+    Sources with random access: a random subset that depends on the seed alone; tars: the first n samples
+    of shards in random order. Unusable
     samples are left out. Raises RuntimeError where nothing is left.
     """
     reasons = Counter()
 
     def samples():
         if source.is_stream:
-            everything = (s for path in source.paths for s in source.shard(path, reasons))
+            shards = permutation(seed, 0, len(source.paths))      # tars are often written class by class
+            everything = (s for k in shards for s in source.shard(source.paths[k], reasons))
             for sample in itertools.islice(everything, rank(), n, world_size()):
                 yield lambda: source.decode(sample, False)
         else:

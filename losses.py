@@ -52,6 +52,17 @@ def barrier():
         dist.barrier()
 
 
+def first_on_node(make):
+    """make() on the first rank of each node, then on its others, who find there what the first one fetched."""
+    is_first = int(os.environ.get("LOCAL_RANK", 0)) == 0
+    if not is_first:
+        barrier()
+    made = make()
+    if is_first:
+        barrier()
+    return made
+
+
 def gather_with_grad(x):
     """Concatenate x (b, ...) over ranks, in the order of ranks -> (W b, ...); the gradient comes back summed over ranks."""
     return torch.cat(dist_nn.all_gather(x.contiguous())) if world_size() > 1 else x

@@ -39,8 +39,8 @@ from tqdm import tqdm
 
 import data
 import evaluate
-from losses import (LPIPS, barrier, clip_loss, dino_loss, ibot_loss, init_distributed, koleo_loss, mean_over_ranks, rank,
-                    reconstruction_loss, sinkhorn_knopp, world_size)
+from losses import (LPIPS, barrier, clip_loss, dino_loss, first_on_node, ibot_loss, init_distributed, koleo_loss, mean_over_ranks,
+                    rank, reconstruction_loss, sinkhorn_knopp, world_size)
 from vtp import (PRESETS, VTP, SSLHead, denormalize, find_checkpoint, preset, read_config, read_safetensors, samples_kept,
                  write_atomically)
 
@@ -58,7 +58,7 @@ RECIPES = {
                   n_local=8, lambda_rec=0.1, teacher_temp=[0.04, 0.07], teacher_momentum=0.992, io_gain=1.0,
                   prototypes=65536, head_hidden=2048, head_dim=256, lpips="auto", train_size=65536),
 }
-MAY_CHANGE_ON_RESUME = {"resume", "workers", "log_every", "eval_every", "checkpoint_every", "compile", "cuda_graph", "max_skipped"}
+MAY_CHANGE_ON_RESUME = {"out", "resume", "workers", "log_every", "eval_every", "checkpoint_every", "compile", "cuda_graph", "max_skipped"}
 
 
 def make_parser():
@@ -83,7 +83,7 @@ def make_parser():
     g = parser.add_argument_group("model")
     add(g, "--model", "tiny", f"size: {', '.join(PRESETS)}")
     add(g, "--image_size", None, "side in pixels; default: the size's own (tiny 64, others 256)", type=int)
-    add(g, "--latent_dim", 64, "channels d of the latents (the paper: 64, 256 in one ablation)")
+    add(g, "--latent_dim", None, "channels d of the latents; default 64 (the paper: 64, 256 in one ablation)", type=int)
     add(g, "--io_gain", None, "factor on the initial bottleneck and the decoder's first and last layer. Their std is 0.02 at every width, "
         "which lets half of the signal through at width 1024 and a few per cent of it at 256: details then stay unlearned for long", type=float)
     add(g, "--init", None, "start from a folder or hub id, released weights included; its config then gives the model")
@@ -147,9 +147,9 @@ def parse_args(argv=None):
             parser.error(f"--resume: {args.out} holds no checkpoint.pt and run.json of a run to go on with")
         with open(path, encoding="utf-8") as f:
             recorded = json.load(f)["arguments"]
-        parser.set_defaults(**{k: v for k, v in recorded.items() if k != "resume"})
+        parser.set_defaults(**{k: v for k, v in recorded.items() if k not in ("resume", "out")})
         args = parser.parse_args(argv)
-        changed = [k for k, v in recorded.items() if k not in MAY_CHANGE_ON_RESUME and getattr(args, k) != v]
+        changed = [k for k, v in recorded.items() if k not in MAY_CHANGE_ON_RESUME and getattr(args, k, None) != v]
         if changed:
             parser.error("--resume continues the same run; these differ from what it was started with: " +
                          ", ".join(f"--{k} (was {recorded[k]}, now {getattr(args, k)})" for k in changed))
@@ -157,18 +157,29 @@ def parse_args(argv=None):
         parser.error(f"--out {args.out} is not empty: add --resume to go on with that run, or choose another folder")
     if args.model not in PRESETS:
         parser.error(f"--model {args.model}: choose one of {', '.join(PRESETS)}")
-    for name, value in RECIPES["tiny" if args.model == "tiny" else "other"].items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
-    only_rec = args.lambda_clip == args.lambda_ssl == 0
-    args.ssl_batch_size = args.batch_size // 4 if args.ssl_batch_size is None else args.ssl_batch_size
-    args.rec_batch_size = args.batch_size if only_rec else args.batch_size // 8 if args.rec_batch_size is None else args.rec_batch_size
-    args.lr = 2e-4 * math.sqrt(args.batch_size / 1024) if args.lr is None else args.lr
     try:
+        complete_args(args)
         check_args(args)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, FileNotFoundError, RuntimeError) as error:
         parser.error(str(error))
     return args
+
+
+def complete_args(args):
+    """Fill in what was not given: the recipe of the model's size, which with --init is that of its config."""
+    is_tiny = preset_or_init(args).vision_embed_dim < PRESETS["small"]().vision_embed_dim
+    everything = args.lambda_clip == args.lambda_ssl == 0 and args.rec_batch_size is None      # an autoencoder reconstructs all
+    for name, value in RECIPES["tiny" if is_tiny else "other"].items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    if everything:
+        args.rec_batch_size = args.batch_size
+    if args.ssl_batch_size is None:
+        args.ssl_batch_size = args.batch_size // 4
+    if args.rec_batch_size is None:
+        args.rec_batch_size = args.batch_size // 8
+    if args.lr is None:
+        args.lr = 2e-4 * math.sqrt(args.batch_size / 1024)
 
 
 def check_args(args):
@@ -183,6 +194,11 @@ def check_args(args):
     for name in ("warmup", "drop_path", "drop_path_ssl", "teacher_momentum", "teacher_temp_warmup", "freeze_prototypes", "max_skipped"):
         if not 0 <= getattr(args, name) <= 1:
             raise ValueError(f"--{name} {getattr(args, name)}: must be between 0 and 1")
+    for name in ("canvas", "image_size", "latent_dim", "eval_every", "checkpoint_every"):
+        if getattr(args, name) is not None and getattr(args, name) <= 0:
+            raise ValueError(f"--{name} {getattr(args, name)}: must be positive")
+    if not all(0 <= beta < 1 for beta in args.betas) or args.max_skipped == 1 or (args.workers or 0) < 0:
+        raise ValueError("--betas and --max_skipped must be below 1, --workers not negative")
     if not 0 < args.mask_ratio[0] <= args.mask_ratio[1] <= 1 or min(args.teacher_temp) <= 0:
         raise ValueError("--mask_ratio needs 0 < lowest <= highest <= 1, and --teacher_temp two positive numbers")
     if args.lambda_rec == args.lambda_ssl == args.lambda_clip == 0:
@@ -196,24 +212,32 @@ def check_args(args):
         if is_used and (size <= 0 or size % divisor or size > args.batch_size):
             raise ValueError(f"--{name} {size}: must be a positive multiple of {divisor}, {what}, and at most --batch_size {args.batch_size}")
     config = model_config(args)
+    if args.lambda_ssl > 0 and round(sum(args.mask_ratio) * (config.image_size // config.vision_patch_size) ** 2) == 0:
+        raise ValueError(f"--mask_ratio {args.mask_ratio}: not one of {(config.image_size // config.vision_patch_size) ** 2} patches would be masked")
     if args.lambda_clip > 0:
         if config.text_vocab_size == data.CLIP_VOCAB and args.bpe and not os.path.isfile(args.bpe):
             raise FileNotFoundError(f"--bpe {args.bpe}: no such file")
     if args.lpips not in ("auto", "none") and not os.path.isdir(args.lpips):
         raise FileNotFoundError(f"--lpips {args.lpips}: neither 'auto' nor 'none' nor a folder")
     for path in (args.data, args.val_data):
-        if path is not None and not os.path.isdir(path) and not data.expand_paths(path):
-            raise FileNotFoundError(f"no data at {path!r}: give a folder, or tars by a glob or brace pattern in quotes")
+        if path is not None and not os.path.isdir(path):
+            data.find_tars(path)
     if args.classnames and not os.path.isfile(args.classnames):
         raise FileNotFoundError(f"--classnames {args.classnames}: no such file")
 
 
+def preset_or_init(args):
+    """The config of --model's size, or of --init's model, which is fetched if it is a hub id."""
+    return read_config(first_on_node(lambda: find_checkpoint(args.init))) if args.init else preset(args.model)
+
+
 def model_config(args):
     """The VTPConfig that the arguments mean: a preset, or --init's own; parts that no objective trains are left out."""
-    if args.init:
-        config = read_config(find_checkpoint(args.init))
-    else:
-        config = preset(args.model, vision_feature_bottleneck=args.latent_dim)
+    config = preset_or_init(args)
+    if args.latent_dim is not None:
+        if args.init and args.latent_dim != config.vision_feature_bottleneck:
+            raise ValueError(f"--latent_dim {args.latent_dim}: the model of --init has {config.vision_feature_bottleneck}; leave it out")
+        config = replace(config, vision_feature_bottleneck=args.latent_dim)
     return replace(config, train_clip=args.lambda_clip > 0, train_reconstruction=args.lambda_rec > 0,
                    image_size=args.image_size or config.image_size)
 
@@ -373,6 +397,7 @@ def train_step(state, views):
         for name, value in values.items():
             totals[name] += torch.where(is_finite, value, 0.0)
         totals["finite_steps"] += is_finite
+        totals["steps"] += 1
 
 
 @torch.no_grad()
@@ -443,13 +468,14 @@ def build_state(args, device):
                   {k: torch.zeros((), device=device) for k in ("weight_decay", "teacher_momentum", "teacher_temp")},
                   clipped_together(model, head), {}, config, args)
     names = ["loss"] + ["loss_clip", "logit_scale"] * (args.lambda_clip > 0) + ["loss_rec"] * (args.lambda_rec > 0) + \
-        ["loss_dino", "loss_mim", "loss_koleo", "teacher_entropy"] * (args.lambda_ssl > 0) + ["grad_norm", "finite_steps"]
+        ["loss_dino", "loss_mim", "loss_koleo", "teacher_entropy"] * (args.lambda_ssl > 0) + ["grad_norm", "finite_steps", "steps"]
     state.totals = {k: torch.zeros((), device=device) for k in names}
     return state
 
 
 def compile_blocks(model, teacher):
     """torch.compile each transformer block in place: small graphs, compiled once for each shape."""
+    torch._dynamo.config.recompile_limit = 64       # blocks share one cache, and passes differ in shape, gradient and precision
     stacks = [model.trunk.blocks]
     stacks += [model.pixel_decoder.blocks] if model.config.train_reconstruction else []
     stacks += [model.text_transformer.resblocks] if model.config.train_clip else []
@@ -463,8 +489,12 @@ def wrap_in_ddp(module, device):
     """DistributedDataParallel; made on a side stream on CUDA, as capturing its collectives in a graph requires."""
     if device.type == "cpu":
         return DistributedDataParallel(module, broadcast_buffers=False)
-    with torch.cuda.stream(torch.cuda.Stream()):
-        return DistributedDataParallel(module, device_ids=[device.index], broadcast_buffers=False, gradient_as_bucket_view=True)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        module = DistributedDataParallel(module, device_ids=[device.index], broadcast_buffers=False, gradient_as_bucket_view=True)
+    torch.cuda.current_stream().wait_stream(side)
+    return module
 
 
 def make_optimizer(model, head, args, device):
@@ -511,7 +541,7 @@ def set_schedules(state, step, n_steps):
     """Write the values of this step (from 0) into the tensors that train_step reads; returns them for the log."""
     args, progress = state.args, step / n_steps
     if progress < args.warmup:
-        lr = args.lr * (step + 1) / max(1, round(args.warmup * n_steps))
+        lr = args.lr * (step + 1) / math.ceil(args.warmup * n_steps)
     else:
         lr = cosine(args.lr, args.min_lr, (progress - args.warmup) / (1 - args.warmup + 1e-12))
     low, high = args.teacher_temp
@@ -552,7 +582,7 @@ class CapturedStep:
         if self.graph is None:
             self.static = {k: v.clone() for k, v in inputs.items()}
             self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph):
+            with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):      # the loader pins memory in a thread of its own
                 self.step(self.static)
         for name, value in inputs.items():
             self.static[name].copy_(value)
@@ -729,12 +759,13 @@ def open_data(args, config, device):
         workers = 0 if args.data is None else max(1, min(8, (os.cpu_count() or 2) // local_ranks - 1))
     if args.data is not None and args.val_data is None:
         return source, workers, tokenize, None
-    held_out = data.load_evaluation_set(data.open_source(args.val_data, canvas, "val", **common), args.eval_samples)
+    val_source = data.open_source(args.val_data, canvas, "val", **common, folders=getattr(source, "folders", None))
+    held_out = data.load_evaluation_set(val_source, args.eval_samples)
     return source, workers, tokenize, (held_out, data.load_evaluation_set(source, 4 * args.eval_samples))
 
 
 def fetch_files(args, config):
-    """Fetch what the run needs and the cache lacks, so that it is done once, before ranks read it."""
+    """Fetch what the run needs and the cache lacks."""
     if args.lambda_rec > 0 and args.lpips != "none":
         LPIPS(args.lpips)
     if args.lambda_clip > 0:
@@ -763,15 +794,15 @@ def train_row(state, row, scheduled, n_steps_since, seconds, data_seconds, flops
     sums = dict(zip(names, torch.stack([state.totals[k] for k in names]).tolist()))     # the only wait for the device
     for total in state.totals.values():
         total.zero_()
-    n_finite = sums.pop("finite_steps")
+    n_finite, n_steps = sums.pop("finite_steps"), sums.pop("steps")
     if n_finite == 0:
-        raise RuntimeError(f"loss or gradient was not finite in all of the last {n_steps_since} steps (up to step {row['step']}): the last "
+        raise RuntimeError(f"loss or gradient was not finite in all of the last {n_steps:.0f} steps (up to step {row['step']}): the last "
                            "checkpoint is from before or within them; try a lower --lr, a longer --warmup or --precision fp32")
     means = {k: v / n_finite for k, v in sums.items()}
     rate = flops_per_step * n_steps_since / seconds
     row = {"kind": "train", **row, **means, **scheduled, "samples_per_second": state.args.batch_size * n_steps_since / seconds,
            "flops_per_second": rate, "matmul_share": rate / peak, "data_share": data_seconds / seconds,
-           "skipped_samples": sum(skipped.values()), "skipped_steps": n_steps_since - round(n_finite)}
+           "skipped_samples": sum(skipped.values()), "skipped_steps": round(n_steps - n_finite)}
     if "teacher_entropy" in row:
         row["teacher_entropy_uniform"] = math.log(state.args.prototypes)
     texts = [f"step {row['step']:>6}", f"loss {row['loss']:.3f}"]
@@ -790,16 +821,14 @@ def train_row(state, row, scheduled, n_steps_since, seconds, data_seconds, flops
 
 def main(argv=None):
     """Train as the arguments say."""
-    args = parse_args(argv)
     device = init_distributed()
-    torch.set_float32_matmul_precision("high")
+    args = parse_args(argv)
     if device.type == "cpu":
         keep_freed_memory()
     config, out = model_config(args), args.out
     if rank() == 0:
         os.makedirs(out, exist_ok=True)
-        fetch_files(args, config)
-    barrier()
+    first_on_node(lambda: fetch_files(args, config))
     source, workers, tokenize, samples = open_data(args, config, device)
     state = build_state(args, device)
     n_steps, flops_per_step, peak = args.samples // args.batch_size, training_flops(config, args), matmul_rate(device) * world_size()

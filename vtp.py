@@ -28,7 +28,8 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 @functools.lru_cache(maxsize=None)
 def constant(values, device):
     """A tuple of numbers as an fp32 tensor on a device, copied there once: a copy in every step would wait for the device."""
-    return torch.tensor(values, dtype=torch.float32, device=device)
+    with torch.inference_mode(False):      # or it could not be used in training later
+        return torch.tensor(values, dtype=torch.float32, device=device)
 
 
 def normalize(pixels):
@@ -731,7 +732,7 @@ def find_checkpoint(where):
         if os.path.isfile(os.path.join(folder, "config.json")):
             return folder
     if os.path.isdir(where):
-        raise FileNotFoundError(f"{where} holds no tokenizer: no config.json in it, nor in {where}/tokenizer (a finished or checkpointed run has that)")
+        raise FileNotFoundError(f"{where} holds no tokenizer: no config.json in it, nor in {where}/tokenizer (a finished run has that)")
     if where.count("/") != 1 or where.startswith((".", "/", "~")):
         raise FileNotFoundError(f"no folder {where}, and it is no hub id of the form owner/name, such as MiniMaxAI/VTP-Large-f16d64")
     endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")

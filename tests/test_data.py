@@ -162,6 +162,8 @@ def take(stream, n):
 def test_patterns(tmp_path, tars):
     assert [os.path.basename(p) for p in expand_paths(tars)] == ["s-000.tar", "s-001.tar", "s-002.tar"]
     assert expand_paths(str(tmp_path / "*.tar")) == expand_paths(tars) == expand_paths(str(tmp_path / "s-00{0,1,2}.tar"))
+    with pytest.raises(FileNotFoundError, match="s-003.tar"):       # a shard that a brace names must be there
+        open_source(str(tmp_path / "s-{000..003}.tar"), 8)
     with pytest.raises(FileNotFoundError, match="nothing-here"):
         open_source(str(tmp_path / "nothing-here-*.tar"), 8)
     os.mkdir(tmp_path / "empty")
@@ -213,7 +215,7 @@ def test_tars_are_read_once_an_epoch(tars, monkeypatch):
 
 def test_what_is_broken_is_skipped_and_counted(tmp_path):
     good = [sample(i) for i in range(40)]
-    bad = [sample(100, png=good[0]["png"][:30]), sample(101, txt=None), sample(102, png=None), sample(103, cls=b"zebra")]
+    bad = [sample(104, json=b"[1, 2]"), sample(100, png=good[0]["png"][:30]), sample(101, txt=None), sample(102, png=None), sample(103, cls=b"zebra")]
     write_tar(str(tmp_path / "a-0.tar"), good[:20] + bad)
     write_tar(str(tmp_path / "a-1.tar"), good[20:])
     raw = (tmp_path / "a-1.tar").read_bytes()
@@ -222,7 +224,7 @@ def test_what_is_broken_is_skipped_and_counted(tmp_path):
     assert sorted(n for b in batches for n in numbers(b)) == list(range(35))
     skipped = take(tar_stream(str(tmp_path / "a-*.tar"), batch_size=5), 8)[-1]["skipped"]     # one into the second epoch
     reasons = " ".join(skipped)
-    assert all(word in reasons for word in ("broken image", "no caption", "no image", "label", "a-1.tar"))
+    assert all(word in reasons for word in ("broken image", "broken .json", "no caption", "no image", "label", "a-1.tar"))
 
 
 def test_nothing_usable_or_too_much_broken_is_an_error(tmp_path):
@@ -263,6 +265,12 @@ def test_folder_captions_labels_and_broken_files(tmp_path):
         source.load(3, True, np.random.default_rng(0))
     batches = take(SampleStream(source, 6, byte_tokenizer, 32, 0, 0, max_skipped=0.5), 2)
     assert sum(batches[-1]["skipped"].values()) == 1 and all(len(b["images"]) == 6 for b in batches)
+    os.makedirs(tmp_path / "val" / "bee_fly")
+    (tmp_path / "val" / "bee_fly" / "0.png").write_bytes(sample(1)["png"])
+    assert open_source(str(tmp_path / "val"), 8, folders=source.folders).files[0][1] == 1       # labels are the training set's
+    os.makedirs(tmp_path / "val" / "cow")
+    with pytest.raises(ValueError, match="cow"):
+        open_source(str(tmp_path / "val"), 8, folders=source.folders)
     with pytest.raises(ValueError, match="3 class names"):
         FolderSource(folder, 8, ["a", "b", "c"])
 

@@ -15,7 +15,7 @@ import train_tokenizer as train
 from conftest import ROOT, run_script
 from losses import LPIPS
 from test_data import sample, write_tar
-from vtp import VTP, read_safetensors
+from vtp import VTP, preset, read_safetensors
 
 FAST = ["--samples", "48", "--batch_size", "4", "--ssl_batch_size", "2", "--rec_batch_size", "2", "--prototypes", "32", "--head_hidden", "32", "--head_dim", "16",
         "--n_local", "2", "--train_size", "64", "--eval_samples", "16", "--log_every", "1", "--precision", "fp32", "--teacher_momentum", "0.992", "--teacher_temp", "0.04", "0.07"]
@@ -85,6 +85,7 @@ def test_schedules_have_their_ends_and_are_fractions_of_the_run(micro_model, tmp
     args, _, state, _ = setting(micro_model, tmp_path / "o")
     for n in (100, 1000):
         values = [train.set_schedules(state, s, n) for s in range(n)]
+        assert max(train.set_schedules(state, s, 14)["lr"] for s in range(14)) <= args.lr      # a warm-up that is no whole number
         assert values[0]["lr"] == pytest.approx(args.lr / (n / 10)) and max(v["lr"] for v in values) == pytest.approx(args.lr, rel=1e-3)
         assert values[n // 2]["lr"] == pytest.approx(train.cosine(args.lr, 1e-6, 0.4 / 0.9), rel=1e-6)
         assert values[0]["teacher_temp"] == 0.04 and values[3 * n // 10]["teacher_temp"] == pytest.approx(0.07) == values[-1]["teacher_temp"]
@@ -114,7 +115,7 @@ def test_dino_loss_pairs_each_student_view_with_every_teacher_view_of_another_cr
 
 def test_autoencoder_baseline_builds_neither_teacher_nor_text_tower(micro_model, tmp_path):
     args, config, state, views = setting(micro_model, tmp_path / "o", "--lambda_clip", "0", "--lambda_ssl", "0")
-    assert state.teacher is None and state.head is None and not hasattr(state.model, "text_transformer") and args.rec_batch_size == args.batch_size
+    assert state.teacher is None and state.head is None and not hasattr(state.model, "text_transformer")
     train.set_schedules(state, 0, 10)
     assert set(views(0)) == {"images"}
     train.train_step(state, views(0))
@@ -140,6 +141,7 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(micro_model, t
     broken["images"] = broken["images"] * math.nan
     train.train_step(state, broken)
     assert all(torch.equal(a, b) for a, b in zip(before, everything()))
+    totals["steps"] += 1
     assert {k: v.item() for k, v in state.totals.items()} == {k: v.item() for k, v in totals.items()}
     arguments = (train.set_schedules(state, 2, 10), 2, 1.0, 0.0, 1, 1.0, {})
     row, line = train.train_row(state, dict(step=2, samples=8), *arguments)
@@ -213,6 +215,20 @@ def test_two_ranks_have_the_loss_curve_of_one(micro_model, tmp_path):
     assert measures[0]["flops"] == measures[1]["flops"]
 
 
+def test_recipe_follows_the_model_and_what_is_given_wins(micro_model, tmp_path):
+    parse = lambda *a: train.parse_args(["--out", str(tmp_path / "o"), *a])
+    assert parse().prototypes == 1024 and parse("--model", "small", "--lpips", "none").prototypes == 65536
+    assert parse("--init", micro_model).lambda_rec == train.RECIPES["tiny"]["lambda_rec"]
+    VTP(preset("small", vision_depth=1, decoder_depth=1, text_depth=1)).save_pretrained(str(tmp_path / "s"))
+    args = parse("--init", str(tmp_path / "s"), "--lpips", "none")
+    assert (args.prototypes, args.lambda_rec, args.layer_decay) == (65536, 0.1, 0.9) and args.lr == pytest.approx(2e-4)
+    assert (args.ssl_batch_size, args.rec_batch_size) == (256, 128)                  # the paper's 8 : 2 : 1
+    ae = ["--lambda_clip", "0", "--lambda_ssl", "0"]
+    assert parse(*ae).rec_batch_size == parse().batch_size and parse(*ae, "--rec_batch_size", "6").rec_batch_size == 6
+    with pytest.raises(SystemExit):
+        parse("--init", micro_model, "--latent_dim", "32")
+
+
 def test_init_names_what_is_new_and_what_is_left_out(micro_model, tmp_path, capsys):
     ae = tmp_path / "ae"
     setting(micro_model, tmp_path / "a", "--lambda_clip", "0", "--lambda_ssl", "0")[2].model.save_pretrained(str(ae))
@@ -228,7 +244,8 @@ def test_init_names_what_is_new_and_what_is_left_out(micro_model, tmp_path, caps
     (["--model", "huge"], "huge"), (["--data", "/nowhere/*.tar"], "/nowhere"), (["--val_data", "/nowhere"], "/nowhere"), (["--samples", "5"], "one batch"),
     (["--ssl_batch_size", "3"], "multiple of 2"), (["--rec_batch_size", "9999"], "at most"), (["--lambda_rec", "0", "--lambda_ssl", "0", "--lambda_clip", "0"], "nothing to train"),
     (["--lr", "-1"], "positive"), (["--warmup", "2"], "between"), (["--lpips", "/nowhere"], "lpips"), (["--init", "/nowhere/at/all"], "nowhere"),
-    (["--resume"], "checkpoint"), (["--classnames", "/nowhere"], "classnames"), (["--mask_ratio", "0.6", "0.2"], "mask_ratio"), (["--bpe", "/nowhere", "--model", "small"], "bpe")])
+    (["--resume"], "checkpoint"), (["--classnames", "/nowhere"], "classnames"), (["--mask_ratio", "0.6", "0.2"], "mask_ratio"), (["--mask_ratio", "0.01", "0.02"], "mask_ratio"), (["--betas", "0.9", "1"], "betas"),
+    (["--canvas", "-1"], "canvas"), (["--max_skipped", "1"], "max_skipped"), (["--workers", "-1"], "workers"), (["--bpe", "/nowhere", "--model", "small"], "bpe")])
 def test_a_wrong_argument_is_an_error_before_any_work(tmp_path, capsys, arguments, words):
     out = tmp_path / "out"
     with pytest.raises(SystemExit) as stop:
