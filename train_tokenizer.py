@@ -51,7 +51,7 @@ from vtp import (PRESETS, VTP, SSLHead, denormalize, find_checkpoint, preset, re
 # What depends on the model's size. tiny: tuned for 2 CPU cores and a few minutes. Others: the paper's batch ratios 8 : 2 : 1.
 # lr None: 2e-4 sqrt(batch / 1024), DINOv2's rule at ViT-L/14, which at 16k gives 8e-4, inside OpenCLIP's 5e-4 to 1e-3.
 RECIPES = {
-    "tiny": dict(samples=25_600, batch_size=32, ssl_batch_size=8, rec_batch_size=32, n_local=4, lr=1e-3, layer_decay=1.0, patch_embed_lr=1.0, drop_path_ssl=0.0,
+    "tiny": dict(samples=20_480, batch_size=32, ssl_batch_size=8, rec_batch_size=32, n_local=4, lr=1e-3, layer_decay=1.0, patch_embed_lr=1.0, drop_path_ssl=0.0,
                  lambda_rec=3.0, teacher_temp=[0.02, 0.02], teacher_momentum=0.99, io_gain=3.0,
                  prototypes=1024, head_hidden=512, head_dim=128, lpips="none", train_size=16384),
     "other": dict(samples=100_000_000, batch_size=1024, ssl_batch_size=None, rec_batch_size=None, lr=None, layer_decay=0.9, patch_embed_lr=0.2, drop_path_ssl=0.3,
