@@ -10,6 +10,7 @@ batch, of which rank r takes every W-th sample: the number of ranks changes noth
 """
 import glob
 import gzip
+import hashlib
 import html
 import io
 import itertools
@@ -18,25 +19,28 @@ import math
 import os
 import re
 import sys
+import shutil
 import tarfile
 import unicodedata
 import zlib
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 
-from losses import rank, world_size
-from vtp import constant, download, normalize
+from losses import barrier, gather_objects, rank, world_size
+from vtp import constant, download, normalize, write_atomically
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The built-in set: procedural scenes with captions
 #
 # A scene is one large object (its shape is the label), sometimes a second, small one, on a background. Everything but the
-# shape is drawn without looking at the shape, every shape covers the same area, and object and background swap light and
-# dark freely: so pixels say next to nothing about the label, although anyone can see it.
+# shape is drawn without looking at the shape, at a given size every shape covers the same area, and object and background
+# swap light and dark freely: so pixel values say little about the label, although anyone can see it. Most objects are
+# large, central and nearly upright, so that a small DiT learns to draw them in minutes.
 #
 # Lengths are fractions of the image side, the origin is the image's centre, y points up. Pixels are made with + - * / sqrt,
 # floor, abs, min and max alone, which IEEE 754 rounds the same way everywhere.
@@ -44,7 +48,7 @@ from vtp import constant, download, normalize
 
 SHAPES = ("circle", "square", "triangle", "star", "heart",
           "cross", "ring", "crescent", "arrow", "hourglass")
-TURN = (0.5, 0.07, 0.07, 0.5, 0.07, 0.07, 0.5, 0.5, 0.5, 0.07)  # largest turn, 0.07 = 25 degrees
+TURN = 0.03                                                       # largest turn either way: 11 degrees
 
 COLOURS = {"red": (.86, .13, .13), "orange": (.97, .53, .08), "yellow": (.97, .87, .20),
            "green": (.15, .60, .20), "teal": (.10, .66, .66), "blue": (.14, .27, .86),
@@ -56,8 +60,8 @@ CONTRAST = np.sqrt(((RGB[:, None] - RGB[None]) ** 2 * [.30, .45, .25]).sum(-1)) 
 LUMINANCE = RGB @ [.30, .59, .11]
 
 PATTERNS = ("plain", "stripes", "dots", "checks", "gradient", "clouds")
-TEXTURES = ("plain", "stripes", "dots", "checks")                 # on an object
-BACKGROUNDS = ("plain", "stripes", "checks", "gradient", "clouds")  # behind it
+TEXTURES = ("plain", "plain", "stripes", "dots", "checks")        # on an object
+BACKGROUNDS = ("plain", "plain", "stripes", "checks", "gradient", "clouds")  # behind it
 PATTERN_WORDS = {"plain": ("plain",), "stripes": ("striped",), "dots": ("dotted", "spotted"),
                  "checks": ("checked",), "gradient": ("shaded", "fading"),
                  "clouds": ("cloudy", "misty")}
@@ -97,7 +101,7 @@ def draw_parameters(indices, split, seed=0):
     choose = lambda table: (next(u) * len(table)).astype(np.int64)
     among = lambda allowed: np.where(allowed, np.stack([next(u) for _ in COLOURS], 1), -1).argmax(1)
     jitter = lambda: np.stack([span(-.04, .04) for _ in range(3)], 1) + span(-.04, .04)[:, None]
-    p = {"pair": next(u) < 0.4}                                   # is there a second object?
+    p = {"pair": next(u) < 0.15}                                  # is there a second object?
     pair = p["pair"]
 
     # Colours. The object may be the lighter or the darker one; both objects differ from the background.
@@ -123,14 +127,14 @@ def draw_parameters(indices, split, seed=0):
         p[name + "_phase"] = np.stack([next(u) for _ in range(4)], 1)
         p[name + "_waves"] = np.stack([span(-3, 3) for _ in range(8)], 1).reshape(-1, 4, 2)
 
-    # Sizes and places. radius is that of the circle with the object's area. One object alone stands
-    # in one of 3 x 3 places; of two, the main one makes room for the second in one of 8 directions.
-    p["size"] = np.where(pair, 1, choose(SIZE_WORDS))
-    p["radius"] = np.where(pair, span(.215, .240), span(.21, .225) + .03 * p["size"])
+    # Sizes and places. radius is that of the circle with the object's area. One object alone stands in the centre
+    # or, if it is small, in one of 3 x 3 places; of two, the main one makes room for the second in one of 8 directions.
+    p["size"] = np.where(pair, 1, np.array([0, 1, 1, 1, 2, 2, 2])[choose(range(7))])
+    p["radius"] = np.where(pair, span(.235, .255), np.array([.21, .28, .33])[p["size"]] + span(-.01, .01))
     p["radius2"] = span(.098, .118)
     place = choose(PLACE_WORDS)
     eight = choose(range(8))
-    place = np.where(pair, eight + (eight >= 4), place)
+    place = np.where(pair, eight + (eight >= 4), np.where(p["size"] == 0, place, 4))
     p["place"] = np.stack([place % 3 - 1, place // 3 - 1], 1)     # of the second object if there is one
     room = np.where(pair, -1, 1) * (.5 - 1.40 * p["radius"])
     for axis, name in enumerate("xy"):
@@ -138,7 +142,7 @@ def draw_parameters(indices, split, seed=0):
         p[name] = np.where(step == 0, span(-.03, .03), step * room * span(.7, 1))
         p[name + "2"] = np.where(step == 0, span(-.12, .12), step * span(.335, .36))
     for name in ("turn", "turn2"):
-        p[name] = span(-1, 1) * np.array(TURN)[p["shape" + name[4:]]]
+        p[name] = span(-TURN, TURN)
     p["wording"] = np.stack([next(u) for _ in range(20)], 1)
     return p
 
@@ -252,17 +256,17 @@ def write_caption(p, i):
     one_of = lambda words: words[int(next(u) * len(words))] if words else ""
     sometimes = lambda share, word: word if next(u) < share else ""
     join = lambda *words: " ".join(word for word in words if word)
-    a = lambda words: ("an " if words[0] in "aeiou" else "a ") + words
+    a = lambda words: ("an " if words.startswith((*"aeiou", "hour")) else "a ") + words
     colour, shape, place = COLOUR_NAMES[p["colour"][i]], SHAPES[p["shape"][i]], tuple(p["place"][i].tolist())
     ground, pair = COLOUR_NAMES[p["ground_colour"][i]], p["pair"][i]
-    worth = lambda kind: .75 if PATTERNS[kind] != "plain" else .2  # "plain" is said seldom
-    say = {"opening": one_of(("", "", "", "there is", "we see", "here is", "picture of", "an image of")),
+    worth = lambda kind: .5 if PATTERNS[kind] != "plain" else .1  # "plain" is said seldom
+    say = {"opening": one_of(("", "", "", "", "there is", "here is", "picture of", "an image of")),
            "ground_texture": sometimes(worth(p["ground"][i]), one_of(PATTERN_WORDS[PATTERNS[p["ground"][i]]])),
            "size2": one_of(("", "small", "tiny", "little")),
-           "size": sometimes(.8, one_of(SIZE_WORDS[p["size"][i]])),
-           "ground": sometimes(.75, one_of(("on {} background", "on {}", "against {}"))),
+           "size": sometimes(.5, one_of(SIZE_WORDS[p["size"][i]])),
+           "ground": sometimes(.5, one_of(("on {} background", "on {}", "against {}"))),
            "texture": sometimes(worth(p["texture"][i]), one_of(PATTERN_WORDS[PATTERNS[p["texture"][i]]])),
-           "place": sometimes(.7, one_of(PLACE_WORDS[place]))}
+           "place": sometimes(.3 if place == (0, 0) else .7, one_of(PLACE_WORDS[place]))}
     template, relation = int(next(u) * 8), one_of(RELATION_WORDS.get(place, ("",)))
     relation, beside = sometimes(.75, relation), one_of(("with", "and", "next to"))
 
@@ -438,6 +442,14 @@ def load_canvas(file, canvas, draft=False):
 # A sample is (canvas uint8 (3, C, C), caption, label), label -1 where there is none.
 # ----------------------------------------------------------------------------------------------------------------------
 
+def _digest(*parts):
+    """A short fingerprint of strings, numbers and bytes."""
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update((part if isinstance(part, bytes) else str(part).encode()) + b"\0")
+    return digest.hexdigest()[:16]
+
+
 class BadSample(Exception):
     """A sample that cannot be used; the message is the reason that is counted."""
 
@@ -454,6 +466,9 @@ class BuiltinSource:
 
     def __len__(self):
         return len(self.images)
+
+    def fingerprint(self):
+        return _digest("built-in", len(self), self.images[:64].tobytes())
 
     def load(self, index, draft, rng):
         return self.images[index], self.captions[index], int(self.labels[index])
@@ -484,6 +499,11 @@ class FolderSource:
     def __len__(self):
         return len(self.files)
 
+    def fingerprint(self):
+        """Names and order of the files; not their content, which would take as long as to read them all."""
+        start = len(os.path.join(self.name, ""))
+        return _digest("folder", *(f"{path[start:]} {label}" for path, label in self.files))
+
     def load(self, index, draft, rng):
         path, label = self.files[index]
         try:
@@ -510,11 +530,17 @@ class TarSource:
         self.shuffle_buffer, self.needs_caption = shuffle_buffer, needs_caption
         self.name = f"{len(paths)} tars, {os.path.basename(paths[0])} ..."
 
-    def shard(self, path, skipped):
-        """The samples of one tar as {extension: bytes}; what cannot be read is counted in `skipped` (a Counter)."""
+    def fingerprint(self):
+        return _digest("tars", self.label, str(self.class_names), *(f"{os.path.basename(p)} {os.path.getsize(p)}" for p in self.paths))
+
+    def shard(self, path, skipped, only_names=False):
+        """The samples of one tar as {extension: bytes}; what cannot be read is counted in `skipped` (a Counter).
+
+        only_names: None instead of the bytes, which are then not read.
+        """
         sample, key = {}, None
         try:
-            with tarfile.open(path, "r|*") as tar:
+            with tarfile.open(path, "r:*" if only_names else "r|*") as tar:
                 for member in tar:
                     if not member.isfile():
                         continue
@@ -524,7 +550,7 @@ class TarSource:
                         yield sample
                         sample = {}
                     key = (folder, stem)
-                    sample[extension.lower()] = tar.extractfile(member).read()
+                    sample[extension.lower()] = None if only_names else tar.extractfile(member).read()
         except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
             skipped[f"cut-off or unreadable tar {os.path.basename(path)} ({type(error).__name__})"] += 1
             return          # the sample in hand may be incomplete
@@ -737,23 +763,23 @@ def make_loader(stream, n_workers, pin_memory=False):
                                        prefetch_factor=4 if n_workers else None, persistent_workers=n_workers > 0)
 
 
-def load_evaluation_set(source, n, seed=0):
-    """This rank's share of n samples in a fixed order -> images uint8 (m, 3, C, C), captions, labels int64 (m,).
+def load_evaluation_set(source, n, seed=0, whole=False):
+    """This rank's share of n samples in a fixed order (whole: all of them) -> images uint8 (m, 3, C, C), captions, labels int64 (m,).
 
     Sources with random access: a random subset that depends on the seed alone; tars: the first n samples
     of shards in random order. Unusable
     samples are left out. Raises RuntimeError where nothing is left.
     """
-    reasons = Counter()
+    reasons, (first, every) = Counter(), (0, 1) if whole else (rank(), world_size())
 
     def samples():
         if source.is_stream:
             shards = permutation(seed, 0, len(source.paths))      # tars are often written class by class
             everything = (s for k in shards for s in source.shard(source.paths[k], reasons))
-            for sample in itertools.islice(everything, rank(), n, world_size()):
+            for sample in itertools.islice(everything, first, n, every):
                 yield lambda: source.decode(sample, False)
         else:
-            for index in permutation(seed, 0, len(source))[:n][rank()::world_size()]:
+            for index in permutation(seed, 0, len(source))[:n][first::every]:
                 yield lambda: source.load(int(index), False, np.random.default_rng([seed, int(index)]))
     good = []
     for load in samples():
@@ -979,3 +1005,166 @@ def draw_masks(generator, batch_size, grid, ratio=(0.1, 0.5), n_rounds=16):
     score = torch.where(masks.flatten(1), -1.0, neighbours.flatten(1) + noise)
     position = score.argsort(dim=1, descending=True).argsort(dim=1)
     return masks.flatten(1) | (position < left[:, None])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Cached latents: each image and its mirror image, encoded once
+#
+#   latents.bin     (rows, 2, d, h, w) bfloat16 or float32, memory-mapped; row i is sample i of the source, [i, 1] mirrored
+#   labels.npy      int64 (rows,), -1 where the sample has none or could not be used: such rows are never drawn
+#   cache.json      shape, dtype, class names, and the fingerprint that tells whether the cache is that of these settings
+#   latents_stats.pt    {'mean', 'std'} of shape (1, d, 1, 1), the format of the authors' files
+# ----------------------------------------------------------------------------------------------------------------------
+
+class RowReader(torch.utils.data.IterableDataset):
+    """This rank's samples of a source, each once: (row, canvas, label), the row being its place in the whole source.
+
+    Readers (ranks x workers) split them as SampleStream does. counts: samples in each tar, from count_samples. A sample
+    that cannot be used comes as (-1, reason, -1).
+    """
+
+    def __init__(self, source, counts, n_workers):
+        self.source, self.counts, self.roles = source, counts, max(n_workers, 1)
+        self.rank, self.world = rank(), world_size()
+
+    def __iter__(self):
+        info = torch.utils.data.get_worker_info()
+        reader, n_readers = (info.id if info else 0) * self.world + self.rank, self.roles * self.world
+        for row, load in (self.tar_samples if self.source.is_stream else self.indexed_samples)(reader, n_readers):
+            try:
+                image, _, label = load()
+                yield row, torch.from_numpy(np.ascontiguousarray(image)), label
+            except BadSample as reason:
+                yield -1, str(reason), -1
+
+    def indexed_samples(self, reader, n_readers):
+        for row in range(reader, len(self.source), n_readers):
+            yield row, lambda: self.source.load(row, False, np.random.default_rng([0, row]))
+
+    def tar_samples(self, reader, n_readers):
+        starts = np.concatenate(([0], np.cumsum(self.counts)))
+        by_shard = len(self.counts) >= n_readers
+        for k in range(reader if by_shard else 0, len(self.counts), n_readers if by_shard else 1):
+            samples = self.source.shard(self.source.paths[k], Counter())         # what is broken has been counted already
+            for i, sample in enumerate(itertools.islice(samples, int(self.counts[k]))):
+                if by_shard or i % n_readers == reader:
+                    yield int(starts[k]) + i, lambda: self.source.decode(sample, False)
+
+    @staticmethod
+    def collate(samples):
+        """-> rows (b,), images uint8 (b, 3, C, C) or None, labels (b,), reasons of the samples left out."""
+        good, reasons = [s for s in samples if s[0] >= 0], [s[1] for s in samples if s[0] < 0]
+        images = torch.stack([s[1] for s in good]) if good else None
+        return torch.tensor([s[0] for s in good]), images, torch.tensor([s[2] for s in good]), reasons
+
+
+def count_samples(source):
+    """Samples in each tar of a source, or None for one with random access; and what this rank, looking at its share, found broken."""
+    skipped = Counter()
+    if not source.is_stream:
+        return None, skipped
+    counts = np.zeros(len(source.paths), np.int64)
+    for k in range(rank(), len(counts), world_size()):
+        counts[k] = sum(1 for _ in source.shard(source.paths[k], skipped, only_names=True))
+    return sum(gather_objects(counts)), skipped
+
+
+def write_latent_cache(folder, source, encode, latent_shape, fingerprint, dtype="bf16", batch_size=256, n_workers=0, max_skipped=0.1, progress=lambda n: None):
+    """Encode a whole source and its mirror images into folder, by all ranks together -> {reason: samples left out}.
+
+    encode: uint8 (b, 3, C, C) on the host -> latents (b, *latent_shape). The folder appears under its name when it is complete.
+    progress: called with the number of samples done. Raises RuntimeError if more than the share max_skipped cannot be used.
+    """
+    unfinished = folder.rstrip("/") + ".unfinished"
+    counts, skipped = count_samples(source)
+    n_rows = len(source) if counts is None else int(counts.sum())
+    shape = (n_rows, 2, *latent_shape)
+    paths = [os.path.join(unfinished, name) for name in ("latents.bin", "labels.npy")]
+    if rank() == 0:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        os.makedirs(unfinished)
+        np.memmap(paths[0], _MEMORY_TYPES[dtype][0], "w+", shape=shape).flush()
+        np.save(paths[1], np.full(n_rows, -1, np.int64))
+    barrier()
+    latents, labels = np.memmap(paths[0], _MEMORY_TYPES[dtype][0], "r+", shape=shape), np.load(paths[1], mmap_mode="r+")
+    reader = RowReader(source, counts, n_workers)
+    for rows, images, classes, reasons in torch.utils.data.DataLoader(reader, batch_size=batch_size, num_workers=n_workers, collate_fn=RowReader.collate):
+        skipped.update(reasons)
+        if images is not None:
+            pair = torch.stack((encode(images), encode(images.flip(-1))), dim=1).cpu()          # (b, 2, d, h, w)
+            latents[rows.numpy()] = pair.to(_MEMORY_TYPES[dtype][1]).view(_MEMORY_TYPES[dtype][2]).numpy()
+            labels[rows.numpy()] = classes.numpy()
+        progress(len(rows) + len(reasons))
+    latents.flush()
+    labels.flush()
+    skipped = sum(gather_objects(skipped), Counter())
+    usable = np.load(paths[1]) >= 0
+    if sum(skipped.values()) > max_skipped * n_rows:
+        raise RuntimeError(f"{sum(skipped.values())} of {n_rows} samples of {source.name} could not be used, more than the share of {max_skipped} "
+                           f"that --max_skipped allows: {dict(skipped)}")
+    if not usable.any():
+        raise RuntimeError(f"no sample of {source.name} has a class, which a class-conditional model needs: class folders, .cls files, or --label")
+    if rank() == 0:
+        rows = np.flatnonzero(usable)
+        some = rows[np.linspace(0, len(rows) - 1, min(len(rows), 10_000)).astype(np.int64)]      # the authors take 10,000 as well
+        x = torch.from_numpy(latents[some, 0]).view(_MEMORY_TYPES[dtype][1]).double()
+        std, mean = torch.std_mean(x, dim=(0, 2, 3), keepdim=True)
+        write_atomically(os.path.join(unfinished, "latents_stats.pt"), lambda f: torch.save({"mean": mean.float(), "std": std.float()}, f))
+        about = dict(shape=shape, dtype=dtype, class_names=source.class_names, fingerprint=fingerprint, skipped=dict(skipped))
+        write_atomically(os.path.join(unfinished, "cache.json"), lambda f: f.write(json.dumps(about, indent=2).encode()))
+        os.rename(unfinished, folder)
+    barrier()
+    return dict(skipped)
+
+
+# --cache_dtype -> type on disk (NumPy has no bfloat16), type of the latents, the same bits as a type that NumPy has
+_MEMORY_TYPES = {"bf16": (np.int16, torch.bfloat16, torch.int16), "fp32": (np.float32, torch.float32, torch.float32)}
+
+
+def read_latent_stats(path):
+    """{'mean', 'std'} of shape (1, d, 1, 1), as LightningDiT and this project write them -> the two tensors, fp32."""
+    stats = torch.load(path, map_location="cpu", weights_only=True)
+    if not isinstance(stats, dict) or not {"mean", "std"} <= set(stats) or stats["mean"].ndim != 4:
+        raise ValueError(f"{path} is not a file of latent statistics: expected {{'mean', 'std'}} of shape (1, d, 1, 1)")
+    return stats["mean"].float(), stats["std"].float()
+
+
+class LatentCache:
+    """A folder that write_latent_cache has made. fingerprint: what it must be; ValueError names what differs."""
+
+    def __init__(self, folder, fingerprint=None):
+        with open(os.path.join(folder, "cache.json"), encoding="utf-8") as f:
+            about = json.load(f)
+        differs = [k for k, v in (fingerprint or {}).items() if about["fingerprint"].get(k) != v]
+        if differs:
+            raise ValueError(f"the latents in {folder} were made with another {' and '.join(differs)}: choose another --cache, or delete that folder")
+        memory_type, self.dtype, _ = _MEMORY_TYPES[about["dtype"]]
+        self.latents = np.memmap(os.path.join(folder, "latents.bin"), memory_type, "r", shape=tuple(about["shape"]))
+        labels = np.load(os.path.join(folder, "labels.npy"))
+        self.rows = np.flatnonzero(labels >= 0)
+        self.labels, self.class_names, self.skipped = labels, about["class_names"], about["skipped"]
+        self.num_classes = max(int(labels.max()) + 1, len(self.class_names or ()))
+        self.mean, self.std = read_latent_stats(os.path.join(folder, "latents_stats.pt"))
+        self.ahead = ThreadPoolExecutor(1)
+        self.next = None
+
+    def __len__(self):
+        return len(self.rows)
+
+    def read(self, step, batch_size, seed):
+        """This rank's share of global batch `step`, drawn from an endless shuffled sequence -> latents (b, 2, d, h, w), labels (b,)."""
+        places, n = np.arange(step * batch_size + rank(), (step + 1) * batch_size, world_size()), len(self.rows)
+        rows = np.empty_like(places)
+        for epoch in np.unique(places // n):
+            if epoch != getattr(self, "epoch", None):
+                self.epoch, self.order = epoch, permutation(seed, int(epoch), n)
+            here = places // n == epoch
+            rows[here] = self.rows[self.order[places[here] % n]]
+        return torch.from_numpy(self.latents[rows]).view(self.dtype), torch.from_numpy(self.labels[rows])
+
+    def batch(self, step, batch_size, seed):
+        """The same, with the next step's batch read in the meantime."""
+        wanted, following = (step, batch_size, seed), (step + 1, batch_size, seed)
+        pending = self.next[1] if self.next is not None and self.next[0] == wanted else self.ahead.submit(self.read, *wanted)
+        self.next = (following, self.ahead.submit(self.read, *following))
+        return pending.result()

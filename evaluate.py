@@ -10,12 +10,13 @@ import os
 
 import numpy as np
 import torch
-import torch.distributed as dist
+import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
+from tqdm import tqdm
 
-from data import resample
-from losses import world_size
+from data import draw_boxes, gaussian_blur, load_evaluation_set, resample, step_generator
+from losses import barrier, gather_objects, rank
 from vtp import denormalize, normalize, write_atomically
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -82,10 +83,7 @@ def linear_predict(train_features, train_labels, features, penalty=1e-3):
 
 def gather_from_ranks(tensors):
     """{name: CPU tensor (m, ...)} -> the same with the rows of all ranks; numbers of rows may differ."""
-    if world_size() == 1:
-        return tensors
-    parts = [None] * world_size()
-    dist.all_gather_object(parts, tensors)
+    parts = gather_objects(tensors)
     return {k: torch.cat([p[k] for p in parts]) for k in tensors}
 
 
@@ -131,11 +129,7 @@ def evaluate_tokenizer(model, held_out, gallery, tokenize, bf16=False):
     latents (training data) and are measured on the held-out ones; without labels (-1) they are left out.
     """
     ours, known = (gather_from_ranks(run_tokenizer(model, s, tokenize, only_latents=s is gallery, bf16=bf16)) for s in (held_out, gallery))
-    captions, row = held_out[1], {}
-    if world_size() > 1:
-        parts = [None] * world_size()
-        dist.all_gather_object(parts, captions)
-        captions = [c for part in parts for c in part]
+    captions, row = [c for part in gather_objects(held_out[1]) for c in part], {}
     if "psnr" in ours:
         row["psnr"] = ours["psnr"].mean().item()
     if "image_features" in ours:
@@ -147,6 +141,96 @@ def evaluate_tokenizer(model, held_out, gallery, tokenize, bf16=False):
         row["latent_knn"] = balanced_accuracy(knn_predict(*train, ours["latents"][has_label]), labels)
         row["accuracy_chance"] = 1 / len(labels.unique())
     return row
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The judge: a small classifier of a labelled set, trained on the set itself
+# ----------------------------------------------------------------------------------------------------------------------
+
+class Judge(nn.Module):
+    """A small convolutional classifier on images scaled to 64 px. Its features stand in for Inception's where that is
+    foreign to the data, its classes tell whether a sample shows what its label says.
+
+    It learns from blurred, noisy, coarsened, shifted and mirrored images, so that it answers to content and not to how sharp
+    an image is.
+    """
+
+    SIDE, WIDTHS, N_FEATURES = 64, (48, 96, 192, 256), 256
+
+    def __init__(self, n_classes):
+        super().__init__()
+        layers, width = [], 3
+        for i, out in enumerate(self.WIDTHS):
+            layers += [nn.Conv2d(width, out, 5 if i == 0 else 3, stride=2, padding=2 if i == 0 else 1, bias=False), nn.BatchNorm2d(out), nn.ReLU()]
+            layers += [nn.Conv2d(out, out, 3, padding=1, bias=False), nn.BatchNorm2d(out), nn.ReLU()] * (i > 0)
+            width = out
+        self.body, self.head = nn.Sequential(*layers), nn.Linear(width, n_classes)
+        self.accuracy = math.nan         # on images that it has not learned from
+
+    def forward(self, pixels):
+        """Pixels in [0, 1] (B, 3, H, W) -> features (B, 256), logits (B, n)."""
+        if pixels.shape[-2:] != (self.SIDE, self.SIDE):
+            pixels = F.interpolate(pixels, (self.SIDE, self.SIDE), mode="bilinear", antialias=True)
+        features = self.body(normalize(pixels).contiguous(memory_format=torch.channels_last)).mean(dim=(2, 3))
+        return features, self.head(features)
+
+    @torch.no_grad()
+    def classify(self, pixels):
+        """-> predicted classes (B,)."""
+        return self(pixels)[1].argmax(dim=1)
+
+
+def judge_view(images, generator):
+    """uint8 (B, 3, S, S) -> degraded pixels in [0, 1]: what the judge learns from."""
+    B, device = len(images), images.device
+    u = torch.rand(28, B, generator=generator, device=device)
+    pixels = resample(images.float() / 255, draw_boxes(u[:22], (0.8, 1.0)), images.shape[-1], flip=u[22] < 0.5)
+    coarse = F.interpolate(F.avg_pool2d(pixels, 2), scale_factor=2.0, mode="bilinear")
+    pixels = torch.where((u[23] < 0.3).view(-1, 1, 1, 1), coarse, pixels)
+    pixels = gaussian_blur(pixels, torch.where(u[24] < 0.7, 2.5 * u[25], 0.0))
+    noise = torch.randn(pixels.shape, generator=generator, device=device)
+    return (pixels + 0.1 * u[26].view(-1, 1, 1, 1) * noise).clamp(0, 1)
+
+
+def train_judge(images, labels, n_classes, device, seed=0, n_steps=200, batch_size=64, lr=3e-3):
+    """A Judge of uint8 images (n, 3, S, S) and labels (n,); a fifth of them is kept back, to measure its accuracy."""
+    n_train = len(images) * 4 // 5
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        judge = Judge(n_classes).to(device, memory_format=torch.channels_last)
+    optimizer = torch.optim.AdamW(judge.parameters(), lr=lr, weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=n_steps)
+    for step in tqdm(range(n_steps), desc="training the judge", unit=" steps", dynamic_ncols=True):
+        generator = step_generator(seed, step, device)
+        rows = torch.randint(n_train, (batch_size,), generator=generator, device=device).to(images.device)
+        pixels = judge_view(images[rows].to(device), generator)
+        with torch.autocast(device.type, torch.bfloat16):
+            loss = F.cross_entropy(judge(pixels)[1].float(), labels[rows].to(device), label_smoothing=0.1)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    judge.eval().requires_grad_(False)
+    predictions = [judge.classify(part.to(device).float() / 255).cpu() for part in images[n_train:].split(256)]
+    judge.accuracy = (torch.cat(predictions) == labels[n_train:]).float().mean().item()
+    return judge
+
+
+def open_judge(path, source, n_classes, device, seed=0, most=16384):
+    """The judge of a labelled source, from path, or trained now on up to `most` of its images and written there."""
+    fingerprint = f"{source.fingerprint()} {n_classes} classes"
+    if rank() == 0 and not (os.path.isfile(path) and torch.load(path, weights_only=True)["fingerprint"] == fingerprint):
+        canvases, _, labels = load_evaluation_set(source, most, whole=True)
+        usable = labels >= 0
+        images = torch.cat([(to_image_size(part, Judge.SIDE) * 255).round().byte() for part in canvases[usable].split(256)])
+        judge = train_judge(images, labels[usable], n_classes, device, seed)
+        content = dict(judge=judge.state_dict(), accuracy=judge.accuracy, fingerprint=fingerprint)
+        write_atomically(path, lambda f: torch.save(content, f))
+    barrier()
+    content, judge = torch.load(path, map_location=device, weights_only=True), Judge(n_classes)
+    judge.load_state_dict(content["judge"])
+    judge.accuracy = content["accuracy"]
+    return judge.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -167,6 +251,18 @@ def image_grid(rows, scale=1, gap=2):
         for x, image in enumerate((row.clamp(0, 1) * 255).round().byte().cpu().numpy()):
             sheet[y * (H + gap):y * (H + gap) + H, x * (W + gap):x * (W + gap) + W] = image.transpose(1, 2, 0)
     return Image.fromarray(sheet).resize((sheet.shape[1] * scale, sheet.shape[0] * scale), Image.Resampling.NEAREST)
+
+
+def named_rows(images, names, scale=None, gap=2):
+    """Images (rows, n, 3, H, W) in [0, 1] -> Pillow image with a name before each row."""
+    scale = scale or max(1, 64 // images.shape[-1])
+    grid, font = image_grid(list(images), scale, gap), ImageFont.load_default(13)
+    width = int(max(font.getlength(name) for name in names)) + 12
+    sheet = Image.new("RGB", (width + grid.width, grid.height), "white")
+    sheet.paste(grid, (width, 0))
+    for i, name in enumerate(names):
+        ImageDraw.Draw(sheet).text((width - 6, ((images.shape[-2] + gap) * i + images.shape[-2] / 2) * scale), name, fill="black", font=font, anchor="rm")
+    return sheet
 
 
 @torch.no_grad()

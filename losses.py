@@ -52,6 +52,15 @@ def barrier():
         dist.barrier()
 
 
+def gather_objects(x):
+    """[x of rank 0, x of rank 1, ...] on every rank, for anything that can be pickled."""
+    parts = [x]
+    if world_size() > 1:
+        parts = [None] * world_size()
+        dist.all_gather_object(parts, x)
+    return parts
+
+
 def first_on_node(make):
     """make() on the first rank of each node, then on its others, who find there what the first one fetched."""
     is_first = int(os.environ.get("LOCAL_RANK", 0)) == 0

@@ -21,6 +21,7 @@ The folder gets run.json (arguments, git state, versions), metrics.jsonl, checkp
 import argparse
 import copy
 import ctypes
+import functools
 import json
 import math
 import os
@@ -28,6 +29,7 @@ import platform
 import subprocess
 import sys
 import time
+from collections import Counter
 from dataclasses import dataclass, replace
 
 import torch
@@ -39,7 +41,7 @@ from tqdm import tqdm
 
 import data
 import evaluate
-from losses import (LPIPS, barrier, clip_loss, dino_loss, first_on_node, ibot_loss, init_distributed, koleo_loss, mean_over_ranks,
+from losses import (LPIPS, barrier, clip_loss, dino_loss, first_on_node, gather_objects, ibot_loss, init_distributed, koleo_loss, mean_over_ranks,
                     rank, reconstruction_loss, sinkhorn_knopp, world_size)
 from vtp import (PRESETS, VTP, SSLHead, denormalize, find_checkpoint, preset, read_config, read_safetensors, samples_kept,
                  write_atomically)
@@ -51,26 +53,19 @@ from vtp import (PRESETS, VTP, SSLHead, denormalize, find_checkpoint, preset, re
 # What depends on the model's size. tiny: tuned for 2 CPU cores and a few minutes. Others: the paper's batch ratios 8 : 2 : 1.
 # lr None: 2e-4 sqrt(batch / 1024), DINOv2's rule at ViT-L/14, which at 16k gives 8e-4, inside OpenCLIP's 5e-4 to 1e-3.
 RECIPES = {
-    "tiny": dict(samples=20_480, batch_size=32, ssl_batch_size=8, rec_batch_size=32, n_local=4, lr=1e-3, layer_decay=1.0, patch_embed_lr=1.0, drop_path_ssl=0.0,
+    "tiny": dict(samples=30_720, batch_size=64, ssl_batch_size=8, rec_batch_size=64, n_local=4, lr=1e-3, layer_decay=1.0, patch_embed_lr=1.0, drop_path_ssl=0.0,
                  lambda_rec=3.0, teacher_temp=[0.02, 0.02], teacher_momentum=0.99, io_gain=3.0,
                  prototypes=1024, head_hidden=512, head_dim=128, lpips="none", train_size=16384),
     "other": dict(samples=100_000_000, batch_size=1024, ssl_batch_size=None, rec_batch_size=None, lr=None, layer_decay=0.9, patch_embed_lr=0.2, drop_path_ssl=0.3,
                   n_local=8, lambda_rec=0.1, teacher_temp=[0.04, 0.07], teacher_momentum=0.992, io_gain=1.0,
                   prototypes=65536, head_hidden=2048, head_dim=256, lpips="auto", train_size=65536),
 }
-MAY_CHANGE_ON_RESUME = {"out", "resume", "workers", "log_every", "eval_every", "checkpoint_every", "compile", "cuda_graph", "max_skipped"}
 
 
 def make_parser():
     """The command line; --help is the recipe's documentation."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-
-    def add(group, name, default, help, **kwargs):
-        tiny, other = (RECIPES[k].get(name[2:]) for k in ("tiny", "other"))
-        shown = f"{tiny} for tiny, else {'see text' if other is None else other}" if name[2:] in RECIPES["tiny"] else default
-        kwargs.setdefault("type", type(default) if default is not None else str)
-        group.add_argument(name, default=default, help=f"{help} [{shown}]".replace("%", "%%"), **kwargs)
-
+    add = functools.partial(add_argument, RECIPES)
     g = parser.add_argument_group("data")
     add(g, "--data", None, "a folder of class folders, a folder of tars, or tars by glob or brace pattern, in quotes; default: the built-in set")
     add(g, "--val_data", None, "held-out data of the same kinds, for the measures at intervals; the built-in set has its own split")
@@ -140,21 +135,7 @@ def make_parser():
 def parse_args(argv=None):
     """Arguments, completed and checked: whatever is wrong with them ends the program here, with what to change."""
     parser = make_parser()
-    args = parser.parse_args(argv)
-    if args.resume:
-        path = os.path.join(args.out, "run.json")
-        if not os.path.isfile(os.path.join(args.out, "checkpoint.pt")) or not os.path.isfile(path):
-            parser.error(f"--resume: {args.out} holds no checkpoint.pt and run.json of a run to go on with")
-        with open(path, encoding="utf-8") as f:
-            recorded = json.load(f)["arguments"]
-        parser.set_defaults(**{k: v for k, v in recorded.items() if k not in ("resume", "out")})
-        args = parser.parse_args(argv)
-        changed = [k for k, v in recorded.items() if k not in MAY_CHANGE_ON_RESUME and getattr(args, k, None) != v]
-        if changed:
-            parser.error("--resume continues the same run; these differ from what it was started with: " +
-                         ", ".join(f"--{k} (was {recorded[k]}, now {getattr(args, k)})" for k in changed))
-    elif os.path.isdir(args.out) and os.listdir(args.out):
-        parser.error(f"--out {args.out} is not empty: add --resume to go on with that run, or choose another folder")
+    args = parse_new_or_resumed(parser, argv)
     if args.model not in PRESETS:
         parser.error(f"--model {args.model}: choose one of {', '.join(PRESETS)}")
     try:
@@ -356,6 +337,10 @@ class State:
     config: object
     args: argparse.Namespace
 
+    def modules(self):
+        """{name in a checkpoint: module}."""
+        return {k: m for k, m in dict(model=self.model, head=self.head, teacher=self.teacher).items() if m is not None}
+
 
 @torch.no_grad()
 def teacher_targets(state, views):
@@ -444,7 +429,7 @@ def build_state(args, device):
     else:
         with torch.no_grad():
             for name, p in model.named_parameters():
-                if name.endswith(("feature_bottleneck.weight", "proj_in.weight", "proj_out.weight")):
+                if name.endswith(("patch_embed.proj.weight", "feature_bottleneck.weight", "proj_in.weight", "proj_out.weight")):
                     p.mul_(args.io_gain)
     head = SSLHead(config.semantic_dim, args.prototypes, args.head_hidden, args.head_dim) if args.lambda_ssl > 0 else None
     model.to(device)
@@ -529,8 +514,39 @@ def clipped_together(model, head):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Shared with train_dit.py: schedules, the captured step, checkpoints, the log
+# Shared with train_dit.py: arguments, schedules, the captured step, checkpoints, the log
 # ----------------------------------------------------------------------------------------------------------------------
+
+MAY_CHANGE_ON_RESUME = {"out", "resume", "workers", "log_every", "eval_every", "checkpoint_every", "compile", "cuda_graph", "max_skipped"}
+
+
+def add_argument(recipes, group, name, default, help, **kwargs):
+    """An argument whose help shows its default, from recipes {"tiny": {name: value}, "other": ...} where it depends on the model's size."""
+    tiny, other = (recipes[k].get(name[2:]) for k in ("tiny", "other"))
+    shown = f"{tiny} for tiny, else {'see text' if other is None else other}" if name[2:] in recipes["tiny"] else default
+    kwargs.setdefault("type", type(default) if default is not None else str)
+    group.add_argument(name, default=default, help=f"{help} [{shown}]".replace("%", "%%"), **kwargs)
+
+
+def parse_new_or_resumed(parser, argv):
+    """Arguments of a new run, whose --out must be free, or with --resume those that the run in --out was started with."""
+    args = parser.parse_args(argv)
+    if args.resume:
+        path = os.path.join(args.out, "run.json")
+        if not os.path.isfile(os.path.join(args.out, "checkpoint.pt")) or not os.path.isfile(path):
+            parser.error(f"--resume: {args.out} holds no checkpoint.pt and run.json of a run to go on with")
+        with open(path, encoding="utf-8") as f:
+            recorded = json.load(f)["arguments"]
+        parser.set_defaults(**{k: v for k, v in recorded.items() if k not in ("resume", "out")})
+        args = parser.parse_args(argv)
+        changed = [k for k, v in recorded.items() if k not in MAY_CHANGE_ON_RESUME and getattr(args, k, None) != v]
+        if changed:
+            parser.error("--resume continues the same run; these differ from what it was started with: " +
+                         ", ".join(f"--{k} (was {recorded[k]}, now {getattr(args, k)})" for k in changed))
+    elif os.path.isdir(args.out) and os.listdir(args.out):
+        parser.error(f"--out {args.out} is not empty: add --resume to go on with that run, or choose another folder")
+    return args
+
 
 def cosine(start, end, progress):
     """From start at progress 0 to end at 1 along half a cosine."""
@@ -589,14 +605,11 @@ class CapturedStep:
         self.graph.replay()
 
 
-def save_checkpoint(path, state, step, position):
-    """Everything needed to go on, atomically, by rank 0; position is this rank's place in the data."""
-    positions = [position] * world_size()
-    if world_size() > 1:
-        dist.all_gather_object(positions, position)
+def save_checkpoint(path, state, step, position=None):
+    """Everything needed to go on, atomically, by rank 0; position is this rank's place in the data, if step does not say it."""
+    positions = gather_objects(position)
     if rank() == 0:
-        modules = dict(model=state.model, head=state.head, teacher=state.teacher)
-        content = {name: module.state_dict() for name, module in modules.items() if module is not None}
+        content = {name: module.state_dict() for name, module in state.modules().items()}
         content.update(optimizer=state.optimizer.state_dict(), totals=state.totals, step=step, positions=positions)
         write_atomically(path, lambda f: torch.save(content, f))
     barrier()
@@ -605,16 +618,32 @@ def save_checkpoint(path, state, step, position):
 def load_checkpoint(path, state, device):
     """Restore what save_checkpoint wrote -> step, this rank's position in the data."""
     content = torch.load(path, map_location=device, weights_only=True)
-    for name, module in dict(model=state.model, head=state.head, teacher=state.teacher).items():
-        if module is not None:
-            module.load_state_dict(content[name])
+    for name, module in state.modules().items():
+        module.load_state_dict(content[name])
     state.optimizer.load_state_dict(content["optimizer"])
     for name, total in content["totals"].items():
         state.totals[name].copy_(total)
     positions = content["positions"]
-    if len(positions) != world_size() and positions[0]["states"] and any(isinstance(s, tuple) for s in positions[0]["states"].values()):
+    reads_tars = positions[0] is not None and any(isinstance(s, tuple) for s in positions[0]["states"].values())
+    if len(positions) != world_size() and reads_tars:
         raise ValueError(f"the run had {len(positions)} ranks reading tars, now there are {world_size()}: resume with the same number")
     return content["step"], positions[min(rank(), len(positions) - 1)]
+
+
+def means_since_log(state, step):
+    """The means of state.totals over the finite steps since the last call, which are then reset -> {name: mean}, steps that were not finite.
+
+    RuntimeError if not one step was finite.
+    """
+    names = list(state.totals)
+    sums = dict(zip(names, torch.stack([state.totals[k] for k in names]).tolist()))     # the only wait for the device
+    for total in state.totals.values():
+        total.zero_()
+    n_finite, n_steps = sums.pop("finite_steps"), sums.pop("steps")
+    if n_finite == 0:
+        raise RuntimeError(f"loss or gradient was not finite in all of the last {n_steps:.0f} steps (up to step {step}): the last "
+                           "checkpoint is from before or within them; try a lower --lr, a longer --warmup or --precision fp32")
+    return {k: v / n_finite for k, v in sums.items()}, round(n_steps - n_finite)
 
 
 def record_run(out, args):
@@ -790,19 +819,11 @@ def evaluate_now(state, tokenize, samples, args, row, out):
 
 def train_row(state, row, scheduled, n_steps_since, seconds, data_seconds, flops_per_step, peak, skipped):
     """Means since the last log line -> a row of kind train, and its line. RuntimeError if not one step was finite."""
-    names = list(state.totals)
-    sums = dict(zip(names, torch.stack([state.totals[k] for k in names]).tolist()))     # the only wait for the device
-    for total in state.totals.values():
-        total.zero_()
-    n_finite, n_steps = sums.pop("finite_steps"), sums.pop("steps")
-    if n_finite == 0:
-        raise RuntimeError(f"loss or gradient was not finite in all of the last {n_steps:.0f} steps (up to step {row['step']}): the last "
-                           "checkpoint is from before or within them; try a lower --lr, a longer --warmup or --precision fp32")
-    means = {k: v / n_finite for k, v in sums.items()}
+    means, n_not_finite = means_since_log(state, row["step"])
     rate = flops_per_step * n_steps_since / seconds
     row = {"kind": "train", **row, **means, **scheduled, "samples_per_second": state.args.batch_size * n_steps_since / seconds,
            "flops_per_second": rate, "matmul_share": rate / peak, "data_share": data_seconds / seconds,
-           "skipped_samples": sum(skipped.values()), "skipped_steps": round(n_steps - n_finite)}
+           "skipped_samples": sum(skipped.values()), "skipped_steps": n_not_finite}
     if "teacher_entropy" in row:
         row["teacher_entropy_uniform"] = math.log(state.args.prototypes)
     texts = [f"step {row['step']:>6}", f"loss {row['loss']:.3f}"]
@@ -893,15 +914,7 @@ def main(argv=None):
 
 def total_skipped(skipped_by):
     """{reader: {reason: count}} of this rank -> {reason: count} over all ranks."""
-    parts = [skipped_by]
-    if world_size() > 1:
-        parts = [None] * world_size()
-        dist.all_gather_object(parts, skipped_by)
-    total = {}
-    for reasons in (r for part in parts for r in part.values()):
-        for reason, n in reasons.items():
-            total[reason] = total.get(reason, 0) + n
-    return total
+    return dict(sum((Counter(reasons) for part in gather_objects(skipped_by) for reasons in part.values()), Counter()))
 
 
 if __name__ == "__main__":

@@ -162,7 +162,7 @@ def preset(name, **changes):
 
 PRESETS = {
     # f16d64 at 64 px with byte text: wide and shallow, since 16 patches leave little else for a CPU's matrix units to do
-    "tiny": lambda: _towers((320, 3, 5), (320, 2, 5), (192, 2, 3), vision_clip_feat="pooled", image_size=64, text_context_length=64, text_vocab_size=259),
+    "tiny": lambda: _towers((320, 3, 5), (320, 2, 5), (192, 2, 3), vision_clip_feat="pooled", vision_bottleneck_ae_only=False, image_size=64, text_context_length=64, text_vocab_size=259),
     "small": lambda: _towers((384, 12, 6), (384, 12, 6)),
     "base": lambda: _towers((768, 12, 12), (768, 12, 12)),
     "large": lambda: _towers((1024, 24, 16), (1024, 24, 16)),
@@ -255,11 +255,14 @@ def attention(q, k, v, causal=False):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention with fused qkv, optional QK-norm and RoPE: (B, N, dim) -> (B, N, dim)."""
+    """Multi-head self-attention with fused qkv, optional QK-norm and RoPE: (B, N, dim) -> (B, N, dim).
 
-    def __init__(self, dim, n_heads, use_qk_norm):
+    rotate: how rope's (sin, cos) turn queries and keys.
+    """
+
+    def __init__(self, dim, n_heads, use_qk_norm, rotate=apply_rope):
         super().__init__()
-        self.n_heads = n_heads
+        self.n_heads, self.rotate = n_heads, rotate
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
         if use_qk_norm:
@@ -270,7 +273,7 @@ class Attention(nn.Module):
         q, k, v = self.qkv(x).view(B, N, 3, self.n_heads, dim // self.n_heads).permute(2, 0, 3, 1, 4)   # (B, heads, N, d) each
         if hasattr(self, "q_norm"):
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k = apply_rope(q, *rope), apply_rope(k, *rope)
+        q, k = self.rotate(q, *rope), self.rotate(k, *rope)
         return self.proj(attention(q, k, v).transpose(1, 2).reshape(B, N, dim))
 
 

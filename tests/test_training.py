@@ -206,9 +206,9 @@ def test_two_ranks_have_the_loss_curve_of_one(micro_model, tmp_path):
     one, two = (torch.tensor(rows_of(tmp_path / f"r{n}", "train", *fields)) for n in (1, 2))
     assert len(one) == 20 and (one[0, 1] - one[-1, 1]).abs() > 0.5
     torch.testing.assert_close(two[:2], one[:2], atol=2e-5, rtol=0)                # fp32, before differences have fed back
-    # Later the bfloat16 rotation turns differences in the last bit into jumps of 1/256 of a q or k here and there: 1e-4 holds
-    # relative to the losses (2 to 10). KoLeo is the log of a distance between features that are nearly equal at first.
-    torch.testing.assert_close(two[:, :-1], one[:, :-1], atol=1e-4, rtol=1e-4)
+    # Later the bfloat16 rotation turns differences in the last bit into jumps of 1/256 of a q or k here and there: 1e-4 of the
+    # losses (2 to 10) at most steps, seen up to 2e-4. KoLeo is the log of a distance between features that are nearly equal at first.
+    torch.testing.assert_close(two[:, :-1], one[:, :-1], atol=1e-4, rtol=4e-4)
     torch.testing.assert_close(two[:, -1], one[:, -1], atol=5e-3, rtol=0)
     measures = [evaluate.read_metrics(str(tmp_path / f"r{n}"))[-1] for n in (1, 2)]
     assert measures[0]["psnr"] == pytest.approx(measures[1]["psnr"], abs=1e-2)
