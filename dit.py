@@ -60,6 +60,7 @@ class SwiGLU(nn.Module):
 
 
 def modulate(x, shift, scale):
+    """Normed x (B, N, dim) under the condition's shift and scale (B, 1, dim)."""
     return x * (1 + scale) + shift
 
 
@@ -83,6 +84,8 @@ class DiTBlock(nn.Module):
 
 
 class FinalLayer(nn.Module):
+    """Modulated norm and linear: (B, N, dim) -> (B, N, n_out)."""
+
     def __init__(self, dim, n_out):
         super().__init__()
         self.norm_final = RMSNorm(dim, eps=1e-6)

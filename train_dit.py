@@ -17,7 +17,6 @@ The folder gets run.json, metrics.jsonl, checkpoint.pt (loads in LightningDiT: {
 """
 import argparse
 import functools
-import hashlib
 import json
 import math
 import os
@@ -35,11 +34,11 @@ from tqdm import tqdm
 
 import data
 import evaluate
-from dit import METHODS, PRESETS, DiT, draw_timesteps, flow_loss, flow_path, preset, sample
+from dit import METHODS, PRESETS, DiT, draw_timesteps, flow_loss, flow_path, preset
 from losses import barrier, first_on_node, gather_objects, init_distributed, mean_over_ranks, rank, world_size
 from train_tokenizer import (CapturedStep, Log, add_argument, blocks_flops, keep_freed_memory, load_checkpoint, matmul_rate, means_since_log,
                              parse_new_or_resumed, record_run, save_checkpoint, wrap_in_ddp)
-from vtp import VTP, denormalize, find_checkpoint, normalize, read_config
+from vtp import VTP, find_checkpoint, normalize, read_config
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Arguments
@@ -47,10 +46,10 @@ from vtp import VTP, denormalize, find_checkpoint, normalize, read_config
 
 # tiny: tuned for 2 CPU cores and a few minutes; others: the paper's, which are LightningDiT's.
 RECIPES = {
-    "tiny": dict(samples=130_000, batch_size=64, lr=1.5e-3, lr_end=0.0, clip_grad=1.0, ema=0.995, mu=-0.4, sigma=1.0, train_size=8192, steps=20,
-                 method="adams", shift=1.0, guidance=4.0),
+    "tiny": dict(samples=110_000, batch_size=64, lr=1.5e-3, lr_end=0.0, clip_grad=1.0, ema=0.995, mu=-0.4, sigma=1.0, train_size=8192, steps=20,
+                 method="adams", shift=1.0, guidance=4.0, interval=[0.0, 1.0]),
     "other": dict(samples=102_400_000, batch_size=1024, lr=2e-4, lr_end=2e-4, clip_grad=0.0, ema=0.9999, mu=-0.5, sigma=1.25, train_size=65536, steps=250, method="euler",
-                  shift=0.075, guidance=1.0),
+                  shift=0.075, guidance=1.0, interval=[0.0, 1.0]),
 }
 
 
@@ -90,7 +89,7 @@ def make_parser():
     add(g, "--method", None, f"{', '.join(METHODS)}: adams for few steps", choices=METHODS)
     add(g, "--shift", None, "time shift t -> s t / (1 + (s - 1) t) (paper: 0.075 with XL, none = 1 with B)", type=float)
     add(g, "--guidance", None, "classifier-free guidance; 1: none", type=float)
-    add(g, "--interval", [0.0, 1.0], "times at which guidance applies", type=float, nargs=2)
+    add(g, "--interval", None, "times at which guidance applies; else the null branch is not computed", type=float, nargs=2)
     add(g, "--channels", None, "guide the first channels alone (the authors' code: 3); default: all", type=int)
     add(g, "--sample_batch", 256, "images generated together by a rank")
     g = parser.add_argument_group("run")
@@ -178,14 +177,8 @@ def open_training_set(args, config):
 
 def open_cache(args, tokenizer, source, device):
     """The cached latents of a source, which are encoded now if --cache is not there. ValueError if they are of something else."""
-    folder = find_checkpoint(args.tokenizer)
-    digest = hashlib.sha256()
-    for name in ("config.json", "model.safetensors"):
-        with open(os.path.join(folder, name), "rb") as f:
-            while chunk := f.read(2 ** 24):
-                digest.update(chunk)
     size = args.image_size or tokenizer.config.image_size
-    fingerprint = dict(tokenizer=digest.hexdigest()[:16], data=source.fingerprint(), settings=f"{size} px, {args.cache_dtype}")
+    fingerprint = dict(tokenizer=evaluate.file_digest(find_checkpoint(args.tokenizer)), data=source.fingerprint(), settings=f"{size} px, {args.cache_dtype}")
     is_there = gather_objects(os.path.isdir(args.cache))[0]      # rank 0 decides: its answer may be about to change
     if not is_there:
         workers = args.workers
@@ -209,12 +202,6 @@ def open_cache(args, tokenizer, source, device):
 def encode(tokenizer, device, images):
     """uint8 images (b, 3, H, W) -> latents (b, d, h, w) in fp32, without autocast (the authors')."""
     return tokenizer.encode(normalize(images.to(device).float() / 255))
-
-
-@torch.no_grad()
-def decode(tokenizer, latents, mean, std):
-    """Normalised latents -> pixels in [0, 1] (b, 3, H, W), in fp32."""
-    return denormalize(tokenizer.decode(latents * std + mean)).clamp(0, 1)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -278,8 +265,7 @@ def train_step(state, batch):
     state.optimizer.found_inf = (~is_finite).float()     # the fused kernel skips where this is 1
     state.optimizer.step()
     with torch.no_grad():
-        averaged = [p for p in state.ema.parameters()]
-        torch._foreach_lerp_(averaged, list(state.model.parameters()), 1 - args.ema)      # equal to it after a step that was skipped, too
+        torch._foreach_lerp_(list(state.ema.parameters()), list(state.model.parameters()), 1 - args.ema)
         for name, value in (("loss", loss), ("grad_norm", grad_norm)):
             state.totals[name] += torch.where(is_finite, value, 0.0)
         state.totals["finite_steps"] += is_finite
@@ -331,30 +317,6 @@ def training_flops(model, batch_size):
 # Generating
 # ----------------------------------------------------------------------------------------------------------------------
 
-def noise_and_labels(indices, seed, shape, num_classes):
-    """Noise (n, *shape) and uniformly random labels (n,) of images number `indices`, each from a generator of its own, so
-    that image i is the same whatever else is generated and by how many ranks."""
-    noise, labels = [], []
-    for i in indices:
-        generator = data.step_generator(seed, int(i), "cpu")
-        labels.append(torch.randint(num_classes, (), generator=generator))
-        noise.append(torch.randn(shape, generator=generator))
-    return torch.stack(noise), torch.stack(labels)
-
-
-def generate(model, tokenizer, stats, noise, labels, args):
-    """Pixels in [0, 1] (b, 3, H, W) from noise and labels, on the model's device, as the sampling arguments say."""
-    device, (mean, std) = model.pos_embed.device, stats
-    with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
-        latents = sample(model, noise.to(device), labels.to(device), args.steps, args.method, args.shift, args.guidance, tuple(args.interval), args.channels)
-    return decode(tokenizer, latents, mean, std)
-
-
-def to_uint8(pixels):
-    """[0, 1] -> uint8 (b, H, W, 3), truncated as the authors' code does."""
-    return (pixels * 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
-
-
 def generate_set(args, device):
     """--sample: generate images number 0 to N - 1 into a folder of PNGs or a .npz, by all ranks; those that are there stay."""
     run, args = args.checkpoint, sampling_args(args)
@@ -364,13 +326,13 @@ def generate_set(args, device):
     stats = tuple(x.to(device) for x in data.read_latent_stats(args.latents_stats or os.path.join(run, "latents_stats.pt")))
     store = SampleStore(args.out, args.sample, model.input_size * tokenizer.config.vision_patch_size)
     shape = (model.in_channels, model.input_size, model.input_size)
-    todo = store.missing()[rank()::world_size()]
+    todo = gather_objects(store.missing())[0][rank()::world_size()]      # rank 0 looked: others may have begun to write
     bar = tqdm(total=len(todo), unit=" images", desc="sampling", disable=rank() != 0, dynamic_ncols=True)
-    for indices in np.split(todo, range(args.sample_batch, len(todo), args.sample_batch)):
-        if len(indices):
-            noise, labels = noise_and_labels(indices, args.seed, shape, model.num_classes)
-            store.write(indices, to_uint8(generate(model, tokenizer, stats, noise, labels, args)), labels.numpy())
-            bar.update(len(indices))
+    for indices in (todo[k:k + args.sample_batch] for k in range(0, len(todo), args.sample_batch)):
+        noise, labels = evaluate.noise_and_labels(indices, args.seed, shape, model.num_classes)
+        images = evaluate.to_uint8(evaluate.generate(model, tokenizer, stats, noise, labels, args))
+        store.write(indices, images.permute(0, 2, 3, 1).cpu().numpy(), labels.numpy())
+        bar.update(len(indices))
     bar.close()
     barrier()
     store.finish()
@@ -385,9 +347,9 @@ def sampling_args(args):
         with open(os.path.join(args.checkpoint, "run.json"), encoding="utf-8") as f:
             recorded = json.load(f)["arguments"]
         args.tokenizer = recorded["tokenizer"]
-    for name in ("steps", "method", "shift", "guidance"):
+    for name in ("steps", "method", "shift", "guidance", "interval", "channels"):
         if getattr(args, name) is None:
-            setattr(args, name, recorded.get(name, RECIPES["other"][name]))
+            setattr(args, name, recorded.get(name, RECIPES["other"].get(name)))
     return args
 
 
@@ -435,28 +397,18 @@ class SampleStore:
             shutil.rmtree(self.partial)
 
 
-def sample_picture(state, tokenizer, stats, class_names, args, per_class=8, most_classes=12):
-    """The same noise at every call, one row for each of the first classes -> Pillow image with class names."""
-    n_rows = min(state.ema.num_classes, most_classes)
-    shape = (state.ema.in_channels, state.ema.input_size, state.ema.input_size)
-    noise, _ = noise_and_labels(range(n_rows * per_class), args.seed, shape, 1)
-    labels = torch.arange(n_rows).repeat_interleave(per_class)
-    images = generate(state.ema, tokenizer, stats, noise, labels, args)
-    return evaluate.named_rows(images.view(n_rows, per_class, *images.shape[1:]), [class_names[i] if class_names else f"class {i}" for i in range(n_rows)])
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # The run
 # ----------------------------------------------------------------------------------------------------------------------
 
 def judge_samples(state, tokenizer, stats, source, cache, args, device):
-    """Class accuracy of samples, of reconstructions and of real images that the judge has not seen -> dict of shares."""
+    """Class accuracy of samples and, beside it, of real images that the judge has not seen -> dict of shares."""
     judge = evaluate.open_judge(os.path.join(args.cache, "judge.pt"), source, cache.num_classes, device, args.seed)
     shape, mine = cache.latents.shape[2:], np.arange(rank(), args.eval_samples, world_size())
-    right = []
-    for indices in np.split(mine, range(args.sample_batch, len(mine), args.sample_batch)):
-        noise, labels = noise_and_labels(indices, args.seed + 1, shape, cache.num_classes)
-        pixels = generate(state.ema, tokenizer, stats, noise, labels, args)
+    right = [torch.zeros(0)]
+    for indices in (mine[k:k + args.sample_batch] for k in range(0, len(mine), args.sample_batch)):
+        noise, labels = evaluate.noise_and_labels(indices, args.seed + 1, shape, cache.num_classes)
+        pixels = evaluate.generate(state.ema, tokenizer, stats, noise, labels, args)
         right.append((judge.classify(pixels).cpu() == labels).float())
     right = torch.cat(gather_objects(torch.cat(right)))
     return dict(sample_accuracy=right.mean().item(), real_accuracy=judge.accuracy, accuracy_chance=1 / cache.num_classes)
@@ -512,7 +464,7 @@ def train(args, device):
             last_log, clock, data_seconds = step, time.perf_counter(), 0.0
         pause = time.perf_counter()
         if rank() == 0 and (step % eval_every == 0 or step == n_steps):
-            evaluate.save_image(sample_picture(state, tokenizer, (mean, std), cache.class_names, args), os.path.join(out, f"samples_{step:07d}.png"))
+            evaluate.save_image(evaluate.sample_picture(state.ema, tokenizer, (mean, std), cache.class_names, args), os.path.join(out, f"samples_{step:07d}.png"))
         if step % checkpoint_every == 0 or step == n_steps:
             save_checkpoint(checkpoint, state, step)
         clock += time.perf_counter() - pause        # rates are of training alone
