@@ -931,6 +931,9 @@ def draw_chart(lines, title, x_label="", y_label="", log_x=False, size=(440, 300
     place = math.log10 if log_x else float
     x_low, x_high = (f(place(x) for x, _ in points) for f in (min, max))
     y_low, y_high = (f(y for _, y in points) for f in (min, max))
+    if log_x:       # out to a round number on each side, so that there are ticks
+        marks = [e + math.log10(m) for e in range(math.floor(x_low) - 1, math.ceil(x_high) + 1) for m in (1, 2, 5)]
+        x_low, x_high = max(m for m in marks if m < x_low + 1e-9), min(m for m in marks if m > x_high - 1e-9)
     x_high += (x_high == x_low)
     margin = 0.05 * (y_high - y_low) or max(abs(y_high), 1) * 0.05
     y_low, y_high = y_low - margin, y_high + margin * (1 if len(lines) == 1 else 1 + 1.5 * len(lines))      # room for the legend
@@ -956,7 +959,9 @@ def draw_chart(lines, title, x_label="", y_label="", log_x=False, size=(440, 300
         is_chance = name.startswith("chance")
         colour = "#999999" if is_chance else next(colours)
         path = [at(x, y) for x, y in zip(xs, ys) if math.isfinite(y) and (x > 0 or not log_x)]
-        for a, b in list(zip(path, path[1:]))[::2 if is_chance and len(path) > 3 else 1]:
+        if is_chance:
+            path = [(x, np.interp(x, *zip(*path))) for x in np.arange(path[0][0], path[-1][0], 4)] if len(path) > 1 else path
+        for a, b in list(zip(path, path[1:]))[::2 if is_chance else 1]:
             draw.line([a, b], fill=colour, width=1 if is_chance else 2)
         if len(path) <= 12 and not is_chance:
             for x, y in path:
@@ -983,9 +988,9 @@ def nice_ticks(low, high, n=5):
 
 
 def short_number(x):
-    """1500 -> 1.5k, 2e9 -> 2G, 3e15 -> 3e15."""
-    for limit, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if limit <= abs(x) < 1000 * limit:
+    """1500 -> 1.5k, 2e9 -> 2G, 3e15 -> 3P, 4e21 -> 4e+21."""
+    for limit, unit in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if limit <= abs(x) * (1 + 1e-9) < 1000 * limit:
             return f"{x / limit:.3g}{unit}"
     return f"{x:.3g}"
 
@@ -1438,12 +1443,12 @@ def table(row):
 
 
 def own_images(args, device):
-    """--images: reconstruct a folder's images -> figures; the picture in --out."""
+    """--images: reconstruct a folder's images -> figures; the picture in --out. (Every rank does all: such folders are small.)"""
     model = VTP.from_pretrained(first_on_node(lambda: find_checkpoint(args.tokenizer))).to(device).eval()
     size, lpips = args.image_size or model.config.image_size, open_lpips(args, device)
     images = ImageSet(args.images, size)
     inputs, outputs, measured = [], [], []
-    for start in tqdm(range(0, len(images), args.batch_size), desc="reconstructing", unit=" batches", dynamic_ncols=True):
+    for start in tqdm(range(0, len(images), args.batch_size), desc="reconstructing", unit=" batches", disable=rank() != 0, dynamic_ncols=True):
         canvases = torch.stack([images[i] for i in range(start, min(len(images), start + args.batch_size))])
         reconstructions, figures = reconstruct(model, canvases.to(device), size, lpips)
         measured.append(figures)
@@ -1451,7 +1456,8 @@ def own_images(args, device):
         outputs.append(reconstructions[:24].cpu())
     figures = {k: torch.cat([f[k].cpu() for f in measured]) for k in measured[0]}
     rows = [half for pair in zip((torch.cat(inputs)[:24].float() / 255).split(8), torch.cat(outputs)[:24].split(8)) for half in pair]
-    save_image(image_grid(rows, scale=max(1, 128 // size)), os.path.join(args.out, "reconstructions.png"))
+    if rank() == 0:
+        save_image(image_grid(rows, scale=max(1, 128 // size)), os.path.join(args.out, "reconstructions.png"))
     return {k: v.mean().item() for k, v in figures.items()} | dict(n_images=len(images))
 
 
@@ -1472,7 +1478,7 @@ def sample_set(args, device):
 def run(args, device):
     """Measure as the arguments say -> the row of figures."""
     if args.images:
-        return own_images(args, device) if rank() == 0 else {}
+        return own_images(args, device)
     if args.samples:
         return sample_set(args, device)
     m = Measuring(args, device)
@@ -1490,9 +1496,12 @@ def main(argv=None):
         os.makedirs(args.out, exist_ok=True)
     barrier()
     if args.plot:
+        path = os.path.join(args.out, "figures.png")
         if rank() == 0:
-            path = os.path.join(args.out, "figures.png")
-            save_image(plot_runs(args.plot), path)
+            try:
+                save_image(plot_runs(args.plot), path)
+            except ValueError as error:
+                raise SystemExit(f"evaluate.py: {error}") from None
             print(path)
         return
     try:
