@@ -53,11 +53,13 @@ from vtp import (PRESETS, VTP, SSLHead, denormalize, find_checkpoint, preset, re
 # What depends on the model's size. tiny: tuned for 2 CPU cores and a few minutes. Others: the paper's batch ratios 8 : 2 : 1.
 # lr None: 2e-4 sqrt(batch / 1024), DINOv2's rule at ViT-L/14, which at 16k gives 8e-4, inside OpenCLIP's 5e-4 to 1e-3.
 RECIPES = {
-    "tiny": dict(samples=30_720, batch_size=64, ssl_batch_size=8, rec_batch_size=64, n_local=4, lr=1e-3, layer_decay=1.0, patch_embed_lr=1.0, drop_path_ssl=0.0,
-                 lambda_rec=3.0, teacher_temp=[0.02, 0.02], teacher_momentum=0.99, io_gain=3.0,
+    "tiny": dict(samples=30_720, batch_size=64, ssl_batch_size=8, rec_batch_size=64, n_local=4, lr=5e-4, decoder_lr=3.0,
+                 layer_decay=1.0, patch_embed_lr=1.0, drop_path_ssl=0.0,
+                 lambda_rec=3.0, teacher_temp=[0.02, 0.02], teacher_momentum=0.99, io_gain=3.0, block_gain=2.0, token_gain=10.0,
                  prototypes=1024, head_hidden=512, head_dim=128, lpips="none", train_size=16384),
-    "other": dict(samples=100_000_000, batch_size=1024, ssl_batch_size=None, rec_batch_size=None, lr=None, layer_decay=0.9, patch_embed_lr=0.2, drop_path_ssl=0.3,
-                  n_local=8, lambda_rec=0.1, teacher_temp=[0.04, 0.07], teacher_momentum=0.992, io_gain=1.0,
+    "other": dict(samples=100_000_000, batch_size=1024, ssl_batch_size=None, rec_batch_size=None, lr=None, decoder_lr=1.0,
+                  layer_decay=0.9, patch_embed_lr=0.2, drop_path_ssl=0.3,
+                  n_local=8, lambda_rec=0.1, teacher_temp=[0.04, 0.07], teacher_momentum=0.992, io_gain=1.0, block_gain=1.0, token_gain=1.0,
                   prototypes=65536, head_hidden=2048, head_dim=256, lpips="auto", train_size=65536),
 }
 
@@ -81,6 +83,10 @@ def make_parser():
     add(g, "--latent_dim", None, "channels d of the latents; default 64 (the paper: 64, 256 in one ablation)", type=int)
     add(g, "--io_gain", None, "factor on the initial bottleneck and the decoder's first and last layer. Their std is 0.02 at every width, "
         "a gain of 0.64 from width 1024 but of 0.32 from 256, each: details then stay unlearned for long", type=float)
+    add(g, "--block_gain", None, "factor on the initial matrices of the encoder's blocks, for the same reason: without it their output is lost beside "
+        "the patch embedding, and the mean of the patches is little more than the background's colour", type=float)
+    add(g, "--token_gain", None, "factor on the initial text tokens, which CLIP makes only twice as large as positions. Where tokens are bytes, "
+        "more lets CLIP start from words in any place", type=float)
     add(g, "--init", None, "start from a folder or hub id, released weights included; its config then gives the model")
     g = parser.add_argument_group("objectives: L = lambda_rec L_rec + lambda_ssl L_ssl + lambda_clip L_clip")
     add(g, "--lambda_rec", None, "weight of L1 + LPIPS (paper, v2: 0.1; more where there is no LPIPS)", type=float)
@@ -101,6 +107,7 @@ def make_parser():
     add(g, "--seed", 0, "of initialisation, data order and every draw of a step")
     g = parser.add_argument_group("recipe: one AdamW for all (schedules are fractions of the run)")
     add(g, "--lr", None, "peak learning rate; for other sizes 2e-4 sqrt(batch_size / 1024) (DINOv2 ViT-L/14; at 16k inside OpenCLIP's range)", type=float)
+    add(g, "--decoder_lr", None, "further factor of the pixel decoder: what CLIP teaches the encoder lasts better at a lower rate", type=float)
     add(g, "--min_lr", 1e-6, "where its cosine ends (DINOv2)")
     add(g, "--warmup", 0.1, "linear warm-up (DINOv2: 10 %)")
     add(g, "--weight_decay", 0.04, "at the start; cosine to --weight_decay_end; none on biases, norms, LayerScale, anything under 2 axes (DINOv2)")
@@ -169,7 +176,8 @@ def check_args(args):
     for name in ("lambda_rec", "lambda_ssl", "lambda_clip", "koleo", "weight_decay", "weight_decay_end", "min_lr"):
         if not getattr(args, name) >= 0:
             raise ValueError(f"--{name} {getattr(args, name)}: must not be negative")
-    for name in ("samples", "batch_size", "log_every", "prototypes", "head_hidden", "head_dim", "lr", "eps", "clip_grad", "io_gain", "train_size", "eval_samples", "n_local"):
+    for name in ("samples", "batch_size", "log_every", "prototypes", "head_hidden", "head_dim", "lr", "decoder_lr", "eps", "clip_grad",
+                 "io_gain", "block_gain", "token_gain", "train_size", "eval_samples", "n_local"):
         if not getattr(args, name) > 0:
             raise ValueError(f"--{name} {getattr(args, name)}: must be positive")
     for name in ("warmup", "drop_path", "drop_path_ssl", "teacher_momentum", "teacher_temp_warmup", "freeze_prototypes", "max_skipped"):
@@ -431,6 +439,10 @@ def build_state(args, device):
             for name, p in model.named_parameters():
                 if name.endswith(("patch_embed.proj.weight", "feature_bottleneck.weight", "proj_in.weight", "proj_out.weight")):
                     p.mul_(args.io_gain)
+                elif name.startswith("trunk.blocks.") and p.ndim == 2:
+                    p.mul_(args.block_gain)
+                elif name == "token_embedding.weight":
+                    p.mul_(args.token_gain)
     head = SSLHead(config.semantic_dim, args.prototypes, args.head_hidden, args.head_dim) if args.lambda_ssl > 0 else None
     model.to(device)
     model.trunk.checkpoint_blocks = args.checkpoint_blocks
@@ -495,6 +507,8 @@ def make_optimizer(model, head, args, device):
         elif name.startswith(("model.trunk.patch_embed", "model.trunk.cls_token", "model.trunk.mask_token")):
             layer = 0
             factor = args.patch_embed_lr if "patch_embed" in name else 1.0
+        elif name.startswith("model.pixel_decoder"):
+            factor = args.decoder_lr
         factor *= args.layer_decay ** (depth + 1 - layer)
         key = (factor, p.ndim >= 2, name.startswith("head.prototype"))      # prototypes and their gain start frozen
         groups.setdefault(key, []).append(p)
