@@ -390,7 +390,8 @@ def test_counted_flops_are_torchs(micro_model, finished):
 @pytest.mark.parametrize("wrong, message", [
     (["--tokenizer", "nowhere/at/all"], "nowhere"), (["--model", "huge"], "XL/1"), (["--steps", "1"], "2 points"), (["--batch_size", "0"], "positive"),
     (["--label_dropout", "1"], "below 1"), (["--data", "missing-{0..3}.tar"], "missing-0"), (["--sample", "5"], "--out"),
-    (["--sample", "5", "--out", "x.npz", "--checkpoint", "nowhere"], "First: python train_dit.py"), (["--latents_stats", "no.pt"], "no such file")])
+    (["--sample", "5", "--out", "x.npz", "--checkpoint", "nowhere"], "First: python train_dit.py"), (["--latents_stats", "no.pt"], "no such file"),
+    (["--cache", os.path.dirname(__file__)], "other things")])
 def test_a_wrong_argument_is_an_error_before_any_work(micro_model, tmp_path, capsys, wrong, message):
     with pytest.raises(SystemExit):
         train_dit.parse_args(["--tokenizer", micro_model, "--out", str(tmp_path / "o")][:2 if "--sample" in wrong else 4] + wrong)
