@@ -81,8 +81,8 @@ def make_parser():
     add(g, "--model", "tiny", f"size: {', '.join(PRESETS)}")
     add(g, "--image_size", None, "side in pixels; default: the size's own (tiny 64, others 256)", type=int)
     add(g, "--latent_dim", None, "channels d of the latents; default 64 (the paper: 64, 256 in one ablation)", type=int)
-    add(g, "--io_gain", None, "factor on the initial bottleneck and the decoder's first and last layer. Their std is 0.02 at every width, "
-        "a gain of 0.64 from width 1024 but of 0.32 from 256, each: details then stay unlearned for long", type=float)
+    add(g, "--io_gain", None, "factor on the initial patch embedding, bottleneck and the decoder's first and last layer. The std of the last three is 0.02 "
+        "at every width, a gain of 0.64 from width 1024 but of 0.32 from 256, each: details then stay unlearned for long", type=float)
     add(g, "--block_gain", None, "factor on the initial matrices of the encoder's blocks, for the same reason: without it their output is lost beside "
         "the patch embedding, and the mean of the patches is little more than the background's colour", type=float)
     add(g, "--token_gain", None, "factor on the initial text tokens, which CLIP makes only twice as large as positions. Where tokens are bytes, "
