@@ -1129,6 +1129,11 @@ def read_latent_stats(path):
     return stats["mean"].float(), stats["std"].float()
 
 
+def is_latent_cache(folder):
+    """Has write_latent_cache finished this folder?"""
+    return os.path.isfile(os.path.join(folder, "cache.json"))
+
+
 class LatentCache:
     """A folder that write_latent_cache has made. fingerprint: what it must be; ValueError names what differs."""
 

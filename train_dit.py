@@ -154,7 +154,7 @@ def check_args(args):
             raise ValueError("--checkpoint is a file: say what its latents were normalised with, --latents_stats FILE")
     elif args.samples < args.batch_size or args.batch_size % world_size():
         raise ValueError(f"--batch_size {args.batch_size}: must be a multiple of the {world_size()} ranks and at most --samples {args.samples}")
-    if args.sample is None and os.path.isdir(args.cache) and os.listdir(args.cache) and not os.path.isfile(os.path.join(args.cache, "cache.json")):
+    if args.sample is None and os.path.isdir(args.cache) and os.listdir(args.cache) and not data.is_latent_cache(args.cache):
         raise ValueError(f"--cache {args.cache}: a folder with other things in it; choose another, or delete it")
     if args.sample is None and args.tokenizer == "runs/tokenizer" and not os.path.isdir(args.tokenizer):
         raise FileNotFoundError("there is no tokenizer in runs/tokenizer yet. First: python train_tokenizer.py (or give --tokenizer WHERE)")
@@ -181,7 +181,7 @@ def open_cache(args, tokenizer, source, device):
     """The cached latents of a source, which are encoded now if --cache is not there. ValueError if they are of something else."""
     size = args.image_size or tokenizer.config.image_size
     fingerprint = dict(tokenizer=evaluate.file_digest(find_checkpoint(args.tokenizer)), data=source.fingerprint(), settings=f"{size} px, {args.cache_dtype}")
-    is_there = gather_objects(os.path.isfile(os.path.join(args.cache, "cache.json")))[0]      # rank 0 decides: its answer may be about to change
+    is_there = gather_objects(data.is_latent_cache(args.cache))[0]      # rank 0 decides: its answer may be about to change
     if not is_there:
         workers = args.workers
         if workers is None:

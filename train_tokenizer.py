@@ -83,10 +83,10 @@ def make_parser():
     add(g, "--latent_dim", None, "channels d of the latents; default 64 (the paper: 64, 256 in one ablation)", type=int)
     add(g, "--io_gain", None, "factor on the initial patch embedding, bottleneck and the decoder's first and last layer. The std of the last three is 0.02 "
         "at every width, a gain of 0.64 from width 1024 but of 0.32 from 256, each: details then stay unlearned for long", type=float)
-    add(g, "--block_gain", None, "factor on the initial matrices of the encoder's blocks, for the same reason: without it their output is lost beside "
-        "the patch embedding, and the mean of the patches is little more than the background's colour", type=float)
-    add(g, "--token_gain", None, "factor on the initial text tokens, which CLIP makes only twice as large as positions. Where tokens are bytes, "
-        "more lets CLIP start from words in any place", type=float)
+    add(g, "--block_gain", None, "factor on the initial matrices of the encoder's blocks, whose std is 0.02 at every width too: at a small one their "
+        "output is little beside the patch embedding", type=float)
+    add(g, "--token_gain", None, "factor on the initial text tokens, which CLIP makes only twice as large as positions: with bytes for tokens a text "
+        "then starts as where its letters are more than which they are", type=float)
     add(g, "--init", None, "start from a folder or hub id, released weights included; its config then gives the model")
     g = parser.add_argument_group("objectives: L = lambda_rec L_rec + lambda_ssl L_ssl + lambda_clip L_clip")
     add(g, "--lambda_rec", None, "weight of L1 + LPIPS (paper, v2: 0.1; more where there is no LPIPS)", type=float)
@@ -107,7 +107,7 @@ def make_parser():
     add(g, "--seed", 0, "of initialisation, data order and every draw of a step")
     g = parser.add_argument_group("recipe: one AdamW for all (schedules are fractions of the run)")
     add(g, "--lr", None, "peak learning rate; for other sizes 2e-4 sqrt(batch_size / 1024) (DINOv2 ViT-L/14; at 16k inside OpenCLIP's range)", type=float)
-    add(g, "--decoder_lr", None, "further factor of the pixel decoder: what CLIP teaches the encoder lasts better at a lower rate", type=float)
+    add(g, "--decoder_lr", None, "further factor of the pixel decoder, which in a run of minutes needs a higher rate than CLIP bears", type=float)
     add(g, "--min_lr", 1e-6, "where its cosine ends (DINOv2)")
     add(g, "--warmup", 0.1, "linear warm-up (DINOv2: 10 %)")
     add(g, "--weight_decay", 0.04, "at the start; cosine to --weight_decay_end; none on biases, norms, LayerScale, anything under 2 axes (DINOv2)")

@@ -197,11 +197,14 @@ def test_a_killed_run_resumes_bit_for_bit(micro_model, tmp_path, monkeypatch, ki
         train.parse_args(["--out", str(tmp_path / "cut"), "--resume", "--lr", "0.5"])
 
 
-def test_two_ranks_have_the_loss_curve_of_one(micro_model, tmp_path):
-    """All in fp32, the rotation too: in the released models' bfloat16 a difference in the last bit of a q or k becomes one of 1/256."""
-    script = tmp_path / "in_fp32.py"
-    script.write_text(f"import sys; sys.path.insert(0, {ROOT!r})\nimport vtp, train_tokenizer\ntables = vtp.RopeEmbedding.forward\n"
-                      "vtp.RopeEmbedding.forward = lambda *a, **k: tuple(t.float() for t in tables(*a, **k))\ntrain_tokenizer.main()\n")
+@pytest.mark.parametrize("rotation", ["fp32", "bf16"])
+def test_two_ranks_have_the_loss_curve_of_one(micro_model, tmp_path, rotation):
+    """With everything in fp32, RoPE's rotation too, and with the rotation in bfloat16 as released models have it."""
+    script = os.path.join(ROOT, "train_tokenizer.py")
+    if rotation == "fp32":
+        script = tmp_path / "in_fp32.py"
+        script.write_text(f"import sys; sys.path.insert(0, {ROOT!r})\nimport vtp, train_tokenizer\ntables = vtp.RopeEmbedding.forward\n"
+                          "vtp.RopeEmbedding.forward = lambda *a, **k: tuple(t.float() for t in tables(*a, **k))\ntrain_tokenizer.main()\n")
     common = [script, "--init", micro_model, *FAST, "--samples", "160", "--batch_size", "8", "--ssl_batch_size", "4", "--rec_batch_size", "4",
               "--eval_every", "20", "--head_hidden", "512", "--head_dim", "64", "--lr", "3e-4", "--eps", "1e-6"]
     fields = ("loss", "loss_clip", "loss_rec", "loss_dino", "loss_mim", "loss_koleo")
@@ -209,10 +212,27 @@ def test_two_ranks_have_the_loss_curve_of_one(micro_model, tmp_path):
         run_script([*common, "--out", tmp_path / f"r{n}"], n_ranks=n)
     one, two = (torch.tensor(rows_of(tmp_path / f"r{n}", "train", *fields)) for n in (1, 2))
     assert len(one) == 20 and (one[0, 1] - one[-1, 1]).abs() > 0.5
-    torch.testing.assert_close(two, one, atol=2e-5, rtol=0)      # losses of 2 to 10 in fp32, sums in another order: seen 2e-6
+    if rotation == "fp32":                                                         # losses of 2 to 10, sums in another order: seen 2e-6
+        torch.testing.assert_close(two, one, atol=2e-5, rtol=0)
+    else:
+        torch.testing.assert_close(two[:2], one[:2], atol=2e-5, rtol=0)            # before differences have fed back
+        # Later bfloat16 turns differences in the last bit into jumps of 1/256 of a q or k here and there: 1e-4 of the losses at
+        # most steps, seen up to 2e-4. KoLeo is the log of a distance between features that are nearly equal at first.
+        torch.testing.assert_close(two[:, :-1], one[:, :-1], atol=1e-4, rtol=4e-4)
+        torch.testing.assert_close(two[:, -1], one[:, -1], atol=5e-3, rtol=0)
     measures = [evaluate.read_metrics(str(tmp_path / f"r{n}"))[-1] for n in (1, 2)]
     assert measures[0]["psnr"] == pytest.approx(measures[1]["psnr"], abs=1e-2)
     assert measures[0]["flops"] == measures[1]["flops"]
+
+
+def test_initial_gains_are_those_asked_for(tmp_path):
+    """Each gain is a factor on its own tensors, all others start as they would without."""
+    initial = lambda *gains: train.build_state(train.parse_args(["--out", str(tmp_path / "o"), *gains]), torch.device("cpu")).model.state_dict()
+    plain = initial("--io_gain", "1", "--block_gain", "1", "--token_gain", "1")
+    for name, value in initial("--io_gain", "2", "--block_gain", "4", "--token_gain", "8").items():
+        factor = 2 if name in ("trunk.patch_embed.proj.weight", "trunk.feature_bottleneck.weight", "pixel_decoder.proj_in.weight", "pixel_decoder.proj_out.weight") else 1
+        factor = 4 if name.startswith("trunk.blocks") and value.ndim == 2 else 8 if name == "token_embedding.weight" else factor
+        assert torch.equal(value, factor * plain[name]), name                      # powers of two: exact
 
 
 def test_recipe_follows_the_model_and_what_is_given_wins(micro_model, tmp_path):
