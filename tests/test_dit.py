@@ -1,57 +1,78 @@
-"""The DiT against the authors' numbers, flow matching and the samplers against closed forms, the latent cache, train_dit.py."""
-import json
+"""The DiT against the authors' numbers, flow matching and the samplers against closed forms, the
+latent cache, train_dit.py."""
 import math
 import os
-import shutil
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch.utils.flop_counter import FlopCounterMode
 
 import data
 import dit
 import evaluate
 import train_dit
-from conftest import FIXTURES, run_script
-from dit import DiT, flow_loss, flow_path, guide, integrate, sample, time_grid
+from conftest import FIXTURES, HERE, ROOT, run_script
+from dit import (DIT_SIZES, DiT, flow_loss, flow_path, generate, guide, integrate, noise_and_labels,
+                 sample, time_grid)
 from test_data import sample as tar_sample
 from test_data import write_tar
-from vtp import VTP, read_safetensors
+from train_dit import LatentCache, write_latent_cache
+from train_tokenizer import count_flops
+from vtp import VTP, denormalize, read_safetensors
 
 RELEASED = os.path.join(FIXTURES, "dit_released_style")
-FAST = ["--samples", "96", "--batch_size", "8", "--train_size", "48", "--log_every", "2", "--eval_every", "6", "--checkpoint_every", "6", "--precision", "fp32",
-        "--steps", "4", "--eval_samples", "0"]
+FAST = ["--samples", "96", "--batch_size", "8", "--train_size", "48", "--log_every", "2",
+        "--eval_every", "6", "--checkpoint_every", "6", "--precision", "fp32", "--steps", "4",
+        "--eval_samples", "0"]
+CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
 def released():
-    return DiT.from_lightningdit(os.path.join(RELEASED, "checkpoint.pt")).eval(), read_safetensors(os.path.join(RELEASED, "expected.safetensors"))
+    model = DiT.from_lightningdit(os.path.join(RELEASED, "checkpoint.pt")).eval()
+    return model, read_safetensors(os.path.join(RELEASED, "expected.safetensors"))
 
 
 def lively(**sizes):
-    """A small DiT whose zero-initialised layers are not zero, so that every part shows in its output."""
+    """A small DiT whose zero-initialised layers are not zero, so that every part shows in its
+    output."""
     torch.manual_seed(0)
-    model = DiT(**{**dict(dim=32, depth=2, n_heads=2, patch_size=1, input_size=4, in_channels=6, num_classes=5), **sizes}).eval()
+    small = dict(dim=32, depth=2, n_heads=2, patch_size=1, input_size=4, in_channels=6,
+                 num_classes=5)
+    model = DiT(**{**small, **sizes}).eval()
     for p in model.parameters():
         if p.requires_grad:
             torch.nn.init.normal_(p, std=0.2)
     return model
 
 
+def record_batch_sizes(model, monkeypatch):
+    """A list to which every forward of the model appends the size of its batch."""
+    sizes, velocity = [], model.velocity
+
+    def recorded(x, *rest):
+        sizes.append(len(x))
+        return velocity(x, *rest)
+    monkeypatch.setattr(model, "velocity", recorded)
+    return sizes
+
+
 # The bound 1e-4 is the project's for fp32 on another CPU; 1e-6 is what this one gives.
 def test_forward_is_lightningdits(released):
     model, expected = released
-    torch.testing.assert_close(model(expected["x"], expected["t"], expected["y"]), expected["out"], atol=1e-4, rtol=0)
+    out = model(expected["x"], expected["t"], expected["y"])
+    torch.testing.assert_close(out, expected["out"], atol=1e-4, rtol=0)
 
 
 def test_guidance_on_three_channels_is_the_authors(released):
     model, expected = released
     x = expected["cfg_z"][:2]
     out = model(torch.cat((x, x)), expected["cfg_t"], expected["cfg_y"])
-    torch.testing.assert_close(guide(*out.chunk(2), 1.7, 3), expected["cfg_out"][:2], atol=1e-4, rtol=0)
-    off = model(x, torch.full((2,), 0.05), expected["cfg_y"][:2])                  # below the interval: the conditional branch alone
+    guided = guide(*out.chunk(2), 1.7, 3)
+    torch.testing.assert_close(guided, expected["cfg_out"][:2], atol=1e-4, rtol=0)
+    # below the interval: the conditional branch alone
+    off = model(x, torch.full((2,), 0.05), expected["cfg_y"][:2])
     torch.testing.assert_close(off, expected["cfg_off_out"][:2], atol=1e-4, rtol=0)
 
 
@@ -60,24 +81,31 @@ def test_a_fresh_model_has_the_fixed_tables_and_names_of_lightningdit(released):
     state = torch.load(os.path.join(RELEASED, "checkpoint.pt"), weights_only=True)["ema"]
     assert fresh.state_dict().keys() == state.keys()
     for name in ("pos_embed", "feat_rope.freqs_cos", "feat_rope.freqs_sin"):
+        # angles are at most 3, in fp32
         torch.testing.assert_close(fresh.state_dict()[name], state[name], atol=1e-6, rtol=0)
-    assert (loaded.n_heads, loaded.num_classes, loaded.patch_size, loaded.input_size) == (2, 10, 1, 4)
-    assert torch.equal(fresh(torch.randn(3, 16, 4, 4), torch.rand(3), torch.arange(3)), torch.zeros(3, 16, 4, 4))      # adaLN-zero
+    assert (loaded.blocks[0].attn.n_heads, loaded.num_classes) == (2, 10)
+    assert (loaded.patch_size, loaded.latent_shape) == (1, (16, 4, 4))
+    out = fresh(torch.randn(3, 16, 4, 4), torch.rand(3), torch.arange(3))
+    assert torch.equal(out, torch.zeros(3, 16, 4, 4))                               # adaLN-zero
 
 
 def test_patches_of_two_go_back_to_their_places():
     model = lively(patch_size=2, in_channels=3)
-    state = {"module." + k: v for k, v in model.state_dict().items()}              # as DDP saves it
+    state = {"module." + k: v for k, v in model.state_dict().items()}       # as DDP saves it
     again = DiT.from_lightningdit({"model": state})
     x, t, y = torch.randn(2, 3, 4, 4), torch.rand(2), torch.tensor([1, 4])
     assert torch.equal(again(x, t, y), model(x, t, y))
-    tokens = torch.nn.functional.unfold(x, 2, stride=2).transpose(1, 2)            # (B, 4, 3 * 2 * 2), channel first
-    torch.testing.assert_close(model.x_embedder(x), tokens @ model.x_embedder.proj.weight.flatten(1).T + model.x_embedder.proj.bias)
-    with torch.no_grad():                                                          # an output that is constant for each place in a patch
+    # (B, 4, 3 * 2 * 2), channel first
+    tokens = torch.nn.functional.unfold(x, 2, stride=2).transpose(1, 2)
+    proj = model.x_embedder.proj
+    patches = model.x_embedder(x).flatten(2).transpose(1, 2)
+    torch.testing.assert_close(patches, tokens @ proj.weight.flatten(1).T + proj.bias)
+    with torch.no_grad():        # an output that is constant for each place in a patch
         model.final_layer.linear.weight.zero_()
         model.final_layer.linear.bias.copy_(torch.arange(12.0))
     out = model(x, t, y)[0]
-    assert torch.equal(out[:, :2, :2], torch.arange(12.0).view(2, 2, 3).permute(2, 0, 1)) and torch.equal(out[:, :2, :2], out[:, 2:, 2:])
+    assert torch.equal(out[:, :2, :2], torch.arange(12.0).view(2, 2, 3).permute(2, 0, 1))
+    assert torch.equal(out[:, :2, :2], out[:, 2:, 2:])
 
 
 def test_another_variant_is_an_error_that_says_so(released):
@@ -87,69 +115,93 @@ def test_another_variant_is_an_error_that_says_so(released):
         DiT.from_lightningdit(state)
     with pytest.raises(ValueError, match="LightningDiT"):
         DiT.from_lightningdit({"weight": torch.ones(1)})
-    with pytest.raises(ValueError, match="XL/1"):
-        dit.preset("huge")
+    with pytest.raises(ValueError, match="patches of 3"):
+        DiT(**DIT_SIZES["tiny"] | dict(patch_size=3), input_size=16, in_channels=4, num_classes=5)
+
+
+def test_sizes_are_lightningdits():
+    """Its millions of parameters, on the 32 channels of its latents and ImageNet's classes."""
+    for name, millions, rounding in (("B/1", 130, 1), ("XL/1", 675, 1), ("1.0B/1", 1000, 50)):
+        with torch.device("meta"):
+            model = DiT(**DIT_SIZES[name], input_size=16, in_channels=32, num_classes=1000)
+        n = sum(p.numel() for p in model.parameters())
+        assert n / 1e6 == pytest.approx(millions, abs=rounding)
 
 
 def test_flow_matching_is_its_definition():
     x, noise, t = torch.randn(2, 3, 2, 2), torch.randn(2, 3, 2, 2), torch.tensor([0.0, 0.75])
     x_t, target = flow_path(x, noise, t)
-    assert torch.equal(x_t[0], noise[0]) and torch.allclose(x_t[1], 0.25 * noise[1] + 0.75 * x[1]) and torch.equal(target, x - noise)
+    assert torch.equal(x_t[0], noise[0])
+    assert torch.allclose(x_t[1], 0.25 * noise[1] + 0.75 * x[1])
+    assert torch.equal(target, x - noise)
     v, cosines = torch.randn(2, 3, 2, 2), 0.0
     for b in range(2):
         for i in range(2):
             for j in range(2):
                 a, c = v[b, :, i, j], target[b, :, i, j]
                 cosines += float(a @ c / (a.norm() * c.norm()))
-    assert flow_loss(v, target).item() == pytest.approx(((v - target) ** 2).mean().item() + 1 - cosines / 8, rel=1e-5)
-    assert flow_loss(target, target).item() == pytest.approx(0, abs=1e-6)
-    t = dit.draw_timesteps(torch.randn(100_000, generator=torch.Generator().manual_seed(0)), -0.5, 1.25)
-    assert torch.logit(t).mean().item() == pytest.approx(-0.5, abs=0.02) and torch.logit(t).std().item() == pytest.approx(1.25, abs=0.02)      # 5 standard errors
+    expected = ((v - target) ** 2).mean().item() + 1 - cosines / 8
+    assert flow_loss(v, target).item() == pytest.approx(expected, rel=1e-5)         # fp32 sums
+    assert flow_loss(target, target).item() == pytest.approx(0, abs=1e-6)           # 1 - 1 in fp32
+    normals = torch.randn(100_000, generator=torch.Generator().manual_seed(0))
+    logits = torch.logit(dit.draw_timesteps(normals, -0.5, 1.25))
+    # 5 standard errors
+    assert logits.mean().item() == pytest.approx(-0.5, abs=0.02)
+    assert logits.std().item() == pytest.approx(1.25, abs=0.02)
 
 
 def test_the_losss_minimum_is_the_conditional_mean_of_the_velocity():
-    """With data d ~ N(0, s^2) in one channel of many equal ones, E[d - noise | x_t] is linear in x_t, with a known slope and a
-    known remaining squared error; any other slope costs more."""
+    """With data d ~ N(0, s^2) in one channel of many equal ones, E[d - noise | x_t] is linear in
+    x_t, with a known slope and a known remaining squared error; any other slope costs more."""
     s, t, n = 0.5, 0.3, 200_000
     generator = torch.Generator().manual_seed(0)
-    d, noise = s * torch.randn(n, 1, 1, 1, generator=generator), torch.randn(n, 1, 1, 1, generator=generator)
+    d = s * torch.randn(n, 1, 1, 1, generator=generator)
+    noise = torch.randn(n, 1, 1, 1, generator=generator)
     x_t, target = flow_path(d, noise, torch.full((n,), t))
     variance = (1 - t) ** 2 + (t * s) ** 2
     slope = (t * s ** 2 - (1 - t)) / variance
     remaining = 1 + s ** 2 - slope ** 2 * variance
     mse = lambda k: ((k * x_t - target) ** 2).mean().item()
-    assert mse(slope) == pytest.approx(remaining, rel=0.02)                        # 200,000 draws: 0.3 % of standard error
+    # 200,000 draws: 0.3 % of standard error
+    assert mse(slope) == pytest.approx(remaining, rel=0.02)
     assert mse(slope) < min(mse(slope * 0.9), mse(slope * 1.1))
-    # in one channel the cosine is the sign's agreement; its eps softens the few draws whose velocity is below 0.1
+    # in one channel the cosine is the sign's agreement; its eps softens the few draws whose
+    # velocity is below 0.1
     cosine = flow_loss(slope * x_t, target).item() - mse(slope)
-    assert cosine == pytest.approx(2 * (torch.sign(slope * x_t) != torch.sign(target)).float().mean().item(), abs=0.01)
+    disagree = (torch.sign(slope * x_t) != torch.sign(target)).float().mean().item()
+    assert cosine == pytest.approx(2 * disagree, abs=0.01)
 
 
 def test_the_grid_is_the_authors():
     assert np.array_equal(time_grid(250), np.linspace(0, 1, 250))
     t = time_grid(11, 0.075)
-    assert t[0] == 0 and t[-1] == 1 and t[5] == pytest.approx(0.075 * 0.5 / (1 - 0.925 * 0.5), rel=1e-12)
+    assert t[0] == 0 and t[-1] == 1
+    assert t[5] == pytest.approx(0.075 * 0.5 / (1 - 0.925 * 0.5), rel=1e-12)
     calls = []
     integrate(lambda x, k: calls.append(k) or x, torch.ones(1), time_grid(250))
-    assert calls == list(range(249))                                               # as many points as steps, so 249 steps
+    assert calls == list(range(249))        # as many points as steps, so 249 steps
 
 
 def test_samplers_solve_a_closed_form_at_their_order():
-    """dx/dt = -3 cos(3 t) x has x(1) = exp(-sin 3) x(0). Half the step divides the error by 2 to the power of the order."""
+    """dx/dt = -3 cos(3 t) x has x(1) = exp(-sin 3) x(0). Half the step divides the error by 2 to
+    the power of the order."""
     def error(method, points, shift):
         times = time_grid(points, shift)
-        x = integrate(lambda x, k: -3 * math.cos(3 * times[k]) * x, torch.ones(1, dtype=torch.float64), times, method)
+        velocity = lambda x, k: -3 * math.cos(3 * times[k]) * x
+        x = integrate(velocity, torch.ones(1, dtype=torch.float64), times, method)
         return abs(x.item() - math.exp(-math.sin(3)))
     # velocities are taken in fp32, so errors must stay well above 1e-6 to show an order
     for method, order, points in (("euler", 1, 401), ("heun", 2, 51), ("adams", 3, 51)):
         for shift in (1.0, 0.4):
             ratio = error(method, points, shift) / error(method, 2 * points - 1, shift)
             assert 2 ** order * 0.7 < ratio < 2 ** order * 1.5, (method, shift, ratio)
-    assert error("adams", 41, 1.0) < error("heun", 21, 1.0) < error("euler", 41, 1.0)      # at the same number of evaluations
+    # at the same number of evaluations
+    assert error("adams", 41, 1.0) < error("heun", 21, 1.0) < error("euler", 41, 1.0)
 
 
 def test_sampling_is_the_plain_loop(released):
-    """Sharing embeddings and modulations over samples and steps changes nothing: exact to rounding."""
+    """Sharing embeddings and modulations over samples and steps changes nothing: exact to
+    rounding."""
     model, expected = released
     x, y = expected["x"], torch.tensor([3, 3, 9, 0])
     times = time_grid(5, 0.3)
@@ -157,46 +209,76 @@ def test_sampling_is_the_plain_loop(released):
         plain = x.clone()
         for a, b in zip(times, times[1:]):
             t = torch.full((4,), a, dtype=torch.float32)
-            plain = plain + (b - a) * guide(model(plain, t, y), model(plain, t, torch.full_like(y, 10)), 2.5, 3)
-    torch.testing.assert_close(sample(model, x, y, 5, "euler", 0.3, 2.5, channels=3), plain, atol=1e-5, rtol=1e-5)
+            conditional, unconditional = model(plain, t, y), model(plain, t, torch.full_like(y, 10))
+            plain = plain + (b - a) * guide(conditional, unconditional, 2.5, 3)
+    sampled = sample(model, x, y, 5, "euler", 0.3, 2.5, channels=3)
+    torch.testing.assert_close(sampled, plain, atol=1e-5, rtol=1e-5)
 
 
 def test_guidance_of_one_is_none_and_computes_no_null_branch(released, monkeypatch):
     model, expected = released
-    sizes, velocity = [], model.velocity
-    monkeypatch.setattr(model, "velocity", lambda x, *rest: sizes.append(len(x)) or velocity(x, *rest))
+    sizes = record_batch_sizes(model, monkeypatch)
     one = sample(model, expected["x"], expected["y"], 5, guidance=1.0)
     assert sizes == [4] * 4
     branches = sample(model, expected["x"], expected["y"], 5, guidance=1.0 + 1e-9)
     assert sizes[4:] == [8] * 4
+    # fp32 in batches of another size
     torch.testing.assert_close(one, branches, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("method", dit.METHODS)
 def test_skipping_the_interval_equals_computing_and_discarding(released, monkeypatch, method):
     model, expected = released
-    sizes, velocity = [], model.velocity
-    monkeypatch.setattr(model, "velocity", lambda x, *rest: sizes.append(len(x)) or velocity(x, *rest))
-    skipped = sample(model, expected["x"], expected["y"], 11, method, guidance=3.0, interval=(0.25, 0.65))
+    x, y = expected["x"], expected["y"]
+    sizes = record_batch_sizes(model, monkeypatch)
+    skipped = sample(model, x, y, 11, method, guidance=3.0, interval=(0.25, 0.65))
     # 0.3, 0.4, 0.5, 0.6; Heun is at each twice, adams at 0.4 once more, for its start
     assert sizes.count(8) == dict(euler=4, heun=8, adams=5)[method]
     times = time_grid(11)
 
     def velocity_of_both(x, k):
         t = torch.full((4,), times[k], dtype=torch.float32)
-        c, u = model(x, t, expected["y"]), model(x, t, torch.full_like(expected["y"], 10))
+        c, u = model(x, t, y), model(x, t, torch.full_like(y, 10))
         return guide(c, u, 3.0) if 0.25 <= times[k] <= 0.65 else c
     with torch.no_grad():
-        discarded = integrate(velocity_of_both, expected["x"], times, method, jumps={3, 7})
+        discarded = integrate(velocity_of_both, x, times, method, jumps={3, 7})
+    # fp32 in batches of another size
     torch.testing.assert_close(skipped, discarded, atol=1e-5, rtol=1e-5)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+def test_an_images_noise_and_label_are_its_own():
+    """Whatever else is generated with it, by whom and in which order."""
+    noise, labels = noise_and_labels(range(40), 3, (2, 4, 4), 10)
+    some = [7, 31, 2]
+    again = noise_and_labels(np.array(some), 3, (2, 4, 4), 10)
+    assert torch.equal(again[0], noise[some]) and torch.equal(again[1], labels[some])
+    assert len(noise.flatten(1)[:, 0].unique()) == 40 and len(labels.unique()) == 10
+    assert labels.min() == 0 and labels.max() == 9
+    assert not torch.equal(noise_and_labels(some, 4, (2, 4, 4), 10)[0], again[0])
+
+
+def test_generated_pixels_are_decoded_samples(micro_model):
+    tokenizer, model = VTP.from_pretrained(micro_model).eval(), lively(in_channels=16)
+    noise, labels = noise_and_labels(range(3), 0, model.latent_shape, 5)
+    mean, std = torch.randn(1, 16, 1, 1), torch.rand(1, 16, 1, 1) + 0.5
+    sampling = dict(steps=4, method="adams", shift=0.4, guidance=2.0, interval=(0.2, 0.9),
+                    channels=3)
+    pixels = generate(model, tokenizer, (mean, std), noise, labels, bf16=False, **sampling)
+    with torch.no_grad():
+        images = tokenizer.decode(sample(model, noise, labels, **sampling) * std + mean)
+    assert torch.equal(pixels, denormalize(images).clamp(0, 1)) and pixels.shape == (3, 3, 64, 64)
+    assert 0 <= pixels.min() and pixels.max() <= 1
+    rounded = generate(model, tokenizer, (mean, std), noise, labels, bf16=True, **sampling)
+    assert 0 < (rounded - pixels).abs().mean() < 0.1
+
+
+# --------------------------------------------------------------------------------------------------
 # The latent cache
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 def tars(folder, n=20):
-    """Three small tars of labelled images, one of them broken in the middle and one image broken."""
+    """Three small tars of labelled images, one of them cut in the middle of a member and one image
+    broken."""
     folder.mkdir(exist_ok=True)
     for k in range(3):
         samples = [tar_sample(20 * k + i, cls=str((k + i) % 4).encode()) for i in range(n)]
@@ -204,82 +286,98 @@ def tars(folder, n=20):
             samples[3]["png"] = b"not an image"
         write_tar(folder / f"{k}.tar", samples)
     with open(folder / "2.tar", "r+b") as f:
-        f.truncate(os.path.getsize(folder / "2.tar") // 2 - 400)         # within a member
+        f.truncate(os.path.getsize(folder / "2.tar") // 2 - 400)        # within a member
     return str(folder / "{0,1,2}.tar")
 
 
 def write_cache(folder, source, model, **options):
-    encode = lambda images: train_dit.encode(model, torch.device("cpu"), images)
-    return data.write_latent_cache(str(folder), source, encode, (16, 4, 4), dict(data=source.fingerprint(), tokenizer="a"), **options)
+    encode = lambda images: train_dit.encode(model, CPU, images)
+    fingerprint = dict(data=source.fingerprint(), tokenizer="a")
+    return write_latent_cache(str(folder), source, encode, (16, 4, 4), fingerprint, **options)
 
 
-@pytest.mark.parametrize("dtype, tolerance", [("fp32", 1e-5), ("bf16", 2 ** -8)])      # fp32: batches of another size; bf16 keeps 8 bits
-def test_cached_latents_are_fresh_ones(micro_model, tmp_path, dtype, tolerance):
+def test_cached_latents_are_fresh_ones(micro_model, tmp_path):
     model, source = VTP.from_pretrained(micro_model), data.BuiltinSource(40, 64)
-    write_cache(tmp_path / "c", source, model, dtype=dtype, batch_size=16)
-    cache = data.LatentCache(str(tmp_path / "c"), dict(data=source.fingerprint()))
+    write_cache(tmp_path / "c", source, model, batch_size=16)
+    cache = LatentCache(str(tmp_path / "c"), dict(data=source.fingerprint()))
+    assert cache.latent_shape == (16, 4, 4) and cache.class_names == source.class_names
     images = torch.from_numpy(source.images)
-    seen = []
-    for step in range(5):                                                          # an epoch, in an order of its own
+    seen, tolerance = [], 2 ** -8       # bf16 keeps 8 bits
+    for step in range(5):        # an epoch, in an order of its own
         latents, labels = cache.batch(step, 8, seed=3)
         order = data.permutation(3, 0, 40)[8 * step:8 * step + 8]
         seen += order.tolist()
         for part, view in ((latents[:, 0], images[order]), (latents[:, 1], images[order].flip(-1))):
-            torch.testing.assert_close(part.float(), train_dit.encode(model, torch.device("cpu"), view), atol=tolerance * 0.1, rtol=tolerance)
+            fresh = train_dit.encode(model, CPU, view)
+            torch.testing.assert_close(part.float(), fresh, atol=tolerance * 0.1, rtol=tolerance)
         assert torch.equal(labels, torch.from_numpy(source.labels[order]))
     assert sorted(seen) == list(range(40))
-    everything = train_dit.encode(model, torch.device("cpu"), images)
+    everything = train_dit.encode(model, CPU, images)
     std, mean = torch.std_mean(everything, dim=(0, 2, 3), keepdim=True)
-    stats = torch.load(tmp_path / "c" / "latents_stats.pt", weights_only=True)     # the authors' form
+    # the authors' form
+    stats = torch.load(tmp_path / "c" / "latents_stats.pt", weights_only=True)
     assert set(stats) == {"mean", "std"} and stats["mean"].shape == (1, 16, 1, 1)
+    # of the latents as they are stored, in bf16
     torch.testing.assert_close(stats["std"], std, atol=1e-3, rtol=1e-2)
     torch.testing.assert_close(cache.mean, mean, atol=1e-3, rtol=1e-2)
+    assert torch.equal(cache.mean, stats["mean"]) and torch.equal(cache.std, stats["std"])
 
 
 def test_a_cache_of_tars_leaves_out_what_is_broken_and_says_so(micro_model, tmp_path):
     model, source = VTP.from_pretrained(micro_model), data.open_source(tars(tmp_path / "t"), 64)
     skipped = write_cache(tmp_path / "c", source, model, max_skipped=0.2)
-    assert sum(v for k, v in skipped.items() if "broken image" in k) == 1 and sum(v for k, v in skipped.items() if "tar" in k) == 1
-    cache = data.LatentCache(str(tmp_path / "c"))
-    assert 39 + 5 <= len(cache) < 39 + 20 and cache.num_classes == 4 and cache.skipped == skipped
+    assert sum(v for k, v in skipped.items() if "broken image" in k) == 1
+    assert sum(v for k, v in skipped.items() if "tar" in k) == 1
+    cache = LatentCache(str(tmp_path / "c"))
+    # 39 of the two whole tars, and of the third what lies before the cut
+    assert 39 + 5 <= len(cache) < 39 + 20
+    assert cache.num_classes == 4 and cache.skipped == skipped
     with pytest.raises(RuntimeError, match="max_skipped"):
         write_cache(tmp_path / "d", source, model, max_skipped=0.01)
     assert not (tmp_path / "d").exists()
 
 
-def test_two_ranks_write_the_cache_of_one(micro_model, tmp_path):
-    pattern, code = tars(tmp_path / "t"), tmp_path / "write.py"
-    code.write_text(f"""
-import sys; sys.path[:0] = [{os.path.dirname(train_dit.__file__)!r}, {os.path.dirname(__file__)!r}]
+WRITE_CACHE = """
+import sys; sys.path[:0] = [{root!r}, {here!r}]
 import data, losses
 from test_dit import write_cache
 from vtp import VTP
 losses.init_distributed()
-write_cache(sys.argv[1], data.open_source({pattern!r}, 64), VTP.from_pretrained({micro_model!r}), n_workers=int(sys.argv[2]))
-""")
+source, model = data.open_source({pattern!r}, 64), VTP.from_pretrained({model!r})
+write_cache(sys.argv[1], source, model, n_workers=int(sys.argv[2]))
+"""
+
+
+def test_two_ranks_write_the_cache_of_one(micro_model, tmp_path):
+    pattern, code = tars(tmp_path / "t"), tmp_path / "write.py"
+    code.write_text(WRITE_CACHE.format(root=ROOT, here=HERE, pattern=pattern, model=micro_model))
     run_script([code, tmp_path / "one", 0])
-    run_script([code, tmp_path / "two", 2], n_ranks=2)                             # four readers of three tars: split by member
-    one, two = (data.LatentCache(str(tmp_path / name)) for name in ("one", "two"))
+    # four readers of three tars: split by member
+    run_script([code, tmp_path / "two", 2], n_ranks=2)
+    one, two = (LatentCache(str(tmp_path / name)) for name in ("one", "two"))
     assert np.array_equal(one.labels, two.labels) and one.skipped == two.skipped
-    a, b = (torch.from_numpy(np.array(c.latents)).view(torch.bfloat16).float() for c in (one, two))
-    torch.testing.assert_close(a, b, atol=1e-3, rtol=2 ** -7)                      # another batch size may round the last bit
+    stored = (torch.from_numpy(np.array(cache.latents)) for cache in (one, two))
+    a, b = (latents.view(torch.bfloat16).float() for latents in stored)
+    # another batch size may round the last bit
+    torch.testing.assert_close(a, b, atol=1e-3, rtol=2 ** -7)
 
 
 def test_a_stale_cache_is_an_error_that_names_what_differs(micro_model, tmp_path):
     source = data.BuiltinSource(8, 64)
     write_cache(tmp_path / "c", source, VTP.from_pretrained(micro_model))
     with pytest.raises(ValueError, match="another tokenizer"):
-        data.LatentCache(str(tmp_path / "c"), dict(tokenizer="b", data=source.fingerprint()))
+        LatentCache(str(tmp_path / "c"), dict(tokenizer="b", data=source.fingerprint()))
     assert data.BuiltinSource(8, 64).fingerprint() != data.BuiltinSource(9, 64).fingerprint()
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # train_dit.py
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 def run(micro_model, out, *more, n_ranks=1):
     cache = os.path.join(os.path.dirname(str(out)), "cache")
-    return run_script(["train_dit.py", "--tokenizer", micro_model, "--cache", cache, "--out", out, *FAST, *more], n_ranks)
+    arguments = ["--tokenizer", micro_model, "--cache", cache, "--out", out, *FAST, *more]
+    return run_script(["train_dit.py", *arguments], n_ranks)
 
 
 @pytest.fixture(scope="module")
@@ -298,24 +396,61 @@ def losses_of(out):
     return [r["loss"] for r in evaluate.read_metrics(str(out)) if r["kind"] == "train"]
 
 
+def micro_args(micro_model, finished, *more):
+    out = str(finished.parent / "none")
+    return train_dit.read_settings(["--tokenizer", micro_model, "--out", out, *FAST, *more])
+
+
+def setting(micro_model, finished, *more, device="cpu"):
+    """Arguments and state of a micro run on the cache of `finished`, and the function step -> its
+    batch."""
+    args = micro_args(micro_model, finished, *more)
+    cache = LatentCache(str(finished.parent / "cache"))
+    state = train_dit.build_state(args, cache, torch.device(device))
+    mean, std = cache.mean.to(device), cache.std.to(device)
+
+    def make_batch(step):
+        latents, labels = (x.to(device) for x in cache.batch(step, args.batch_size, 0))
+        return train_dit.make_batch(args, step, latents, labels, mean, std, 10)
+    return args, state, make_batch
+
+
 def test_a_run_leaves_what_it_says(finished):
-    assert {"run.json", "metrics.jsonl", "checkpoint.pt", "latents_stats.pt", "samples_0000006.png", "samples_0000012.png"} <= set(os.listdir(finished))
+    assert {"run.json", "metrics.jsonl", "checkpoint.pt", "latents_stats.pt", "samples_0000006.png",
+            "samples_0000012.png"} <= set(os.listdir(finished))
     rows = evaluate.read_metrics(str(finished))
-    assert [r["step"] for r in rows] == [2, 4, 6, 8, 10, 12] and rows[-1]["flops"] == 12 * rows[0]["flops"] / 2
-    assert all({"loss", "grad_norm", "lr", "samples_per_second", "matmul_share", "data_share"} <= r.keys() for r in rows)
-    model = DiT.from_lightningdit(str(finished / "checkpoint.pt"))                 # its EMA weights, strictly
-    assert model.num_classes == 10 and not torch.equal(model.final_layer.linear.weight, checkpoint(finished)["model"]["final_layer.linear.weight"])
+    assert [r["step"] for r in rows] == [2, 4, 6, 8, 10, 12]
+    assert rows[-1]["flops"] == 12 * rows[0]["flops"] / 2
+    fields = {"loss", "grad_norm", "lr", "samples_per_second", "matmul_share", "data_share"}
+    assert all(fields <= r.keys() for r in rows)
+    model = DiT.from_lightningdit(str(finished / "checkpoint.pt"))      # its EMA weights, strictly
+    assert model.num_classes == 10
+    trained = checkpoint(finished)["model"]["final_layer.linear.weight"]
+    assert not torch.equal(model.final_layer.linear.weight, trained)
+
+
+# a killed run is a folder with the checkpoint of an earlier step and the rows after it
+KILLED = """
+import sys; sys.path.insert(0, {root!r})
+import train_dit
+save = train_dit.save_checkpoint
+
+
+def stop(*arguments):
+    save(*arguments)
+    raise SystemExit(3)
+train_dit.save_checkpoint = stop
+train_dit.main(sys.argv[1:])
+"""
 
 
 def test_resume_is_bit_exact(micro_model, finished, tmp_path):
     out = finished.parent / "stopped"
-    # a killed run is a folder with the checkpoint of an earlier step and the rows after it
-    code = "import train_dit, sys\nsave = train_dit.save_checkpoint\n" \
-           "def stop(path, state, step):\n    save(path, state, step)\n    raise SystemExit(3)\ntrain_dit.save_checkpoint = stop\ntrain_dit.main(sys.argv[1:])\n"
     script = tmp_path / "killed.py"
-    script.write_text(f"import sys; sys.path.insert(0, {os.path.dirname(train_dit.__file__)!r})\n" + code)
+    script.write_text(KILLED.format(root=ROOT))
     cache = str(finished.parent / "cache")
-    assert run_script([script, "--tokenizer", micro_model, "--cache", cache, "--out", out, *FAST], check=False).returncode == 3
+    arguments = ["--tokenizer", micro_model, "--cache", cache, "--out", out, *FAST]
+    assert run_script([script, *arguments], check=False).returncode == 3
     assert checkpoint(out)["step"] == 6
     run_script(["train_dit.py", "--out", out, "--resume"])
     one, two = checkpoint(finished), checkpoint(out)
@@ -327,109 +462,154 @@ def test_resume_is_bit_exact(micro_model, finished, tmp_path):
 def test_two_ranks_train_as_one(micro_model, finished):
     out = finished.parent / "two"
     run(micro_model, out, n_ranks=2)
-    # fp32 sums in another order, over 12 steps of Adam at lr 1e-3, whose first steps turn gradients near 0 into +-lr: 1e-3 of the loss
+    # fp32 sums in another order, over 12 steps of Adam at lr 1e-3, whose first steps turn gradients
+    # near 0 into +-lr: 1e-3 of the loss
     np.testing.assert_allclose(losses_of(out), losses_of(finished), rtol=1e-3)
+    # the first row is of two steps, before differences have fed back
     np.testing.assert_allclose(losses_of(out)[0], losses_of(finished)[0], rtol=1e-5)
 
 
 def test_samples_do_not_depend_on_ranks_and_resume(finished):
     folder, npz = finished.parent / "png", finished.parent / "set.npz"
-    common = ["train_dit.py", "--sample", 10, "--checkpoint", finished, "--sample_batch", 4, "--steps", 4, "--method", "heun", "--precision", "fp32"]
+    common = ["train_dit.py", "--sample", 10, "--checkpoint", finished, "--sample_batch", 4,
+              "--steps", 4, "--method", "heun", "--precision", "fp32"]
     run_script([*common, "--out", folder])
     run_script([*common, "--out", npz], n_ranks=2)
     images = np.stack([np.asarray(Image.open(folder / f"{i:06d}.png")) for i in range(10)])
     saved = np.load(npz)
-    assert saved["arr_0"].shape == (10, 64, 64, 3) and saved["arr_0"].dtype == np.uint8 and saved["arr_1"].shape == (10,)
+    assert saved["arr_0"].shape == (10, 64, 64, 3) and saved["arr_0"].dtype == np.uint8
+    assert saved["arr_1"].shape == (10,)
     # a truncation to 8 bits turns rounding of batches into a difference of 1 at most
-    assert np.abs(saved["arr_0"].astype(int) - images).max() <= 1 and not os.path.exists(str(npz) + ".partial")
+    assert np.abs(saved["arr_0"].astype(int) - images).max() <= 1
+    assert not os.path.exists(str(npz) + ".partial")
     os.remove(folder / "000003.png")
     kept = os.path.getmtime(folder / "000004.png")
     run_script([*common, "--out", folder])
-    assert np.abs(np.asarray(Image.open(folder / "000003.png")).astype(int) - images[3]).max() <= 1
+    again = np.asarray(Image.open(folder / "000003.png")).astype(int)
+    assert np.abs(again - images[3]).max() <= 1
     assert os.path.getmtime(folder / "000004.png") == kept
 
 
 def test_a_step_that_is_not_finite_changes_nothing(micro_model, finished):
-    args = train_dit.parse_args(["--tokenizer", micro_model, "--out", str(finished.parent / "none"), *FAST])
-    cache = data.LatentCache(str(finished.parent / "cache"))
-    state = train_dit.build_state(args, cache, torch.device("cpu"))
+    _, state, make_batch = setting(micro_model, finished)
     train_dit.set_lr(state, 0, 10)
-    batch = train_dit.make_batch(args, 0, *cache.batch(0, 8, 0), cache.mean, cache.std, 10)
-    batch["data"][0, 0, 0, 0] = math.nan
+    batch = make_batch(0)
+    batch["latents"][0, 0, 0, 0] = math.nan
     before = [p.clone() for p in state.model.parameters()]
     train_dit.train_step(state, batch)
     assert all(torch.equal(a, b) for a, b in zip(before, state.model.parameters()))
     assert state.totals["finite_steps"] == 0 and state.totals["loss"] == 0
-    train_dit.train_step(state, train_dit.make_batch(args, 1, *cache.batch(1, 8, 0), cache.mean, cache.std, 10))
-    assert not torch.equal(before[0], next(state.model.parameters())) or state.totals["finite_steps"] == 1
+    train_dit.train_step(state, make_batch(1))
+    has_changed = not torch.equal(before[0], next(state.model.parameters()))
+    assert has_changed or state.totals["finite_steps"] == 1
 
 
 def test_the_batch_is_the_global_draw(micro_model, finished):
-    """Noise, times, mirrors and dropped labels of a step: as their definition, from a generator of (seed, step)."""
-    args = train_dit.parse_args(["--tokenizer", micro_model, "--out", str(finished.parent / "none"), *FAST, "--batch_size", "64", "--label_dropout", "0.5", "--samples", "640"])
-    latents, labels = torch.stack((torch.zeros(64, 3, 2, 2), torch.ones(64, 3, 2, 2)), dim=1), torch.arange(64) % 10
+    """Noise, times, mirrors and dropped labels of a step: as their definition, from a generator of
+    (seed, step)."""
+    more = ["--batch_size", "64", "--label_dropout", "0.5", "--samples", "640"]
+    args = micro_args(micro_model, finished, *more)
+    latents = torch.stack((torch.zeros(64, 3, 2, 2), torch.ones(64, 3, 2, 2)), dim=1)
+    labels = torch.arange(64) % 10
     mean, std = torch.full((1, 3, 1, 1), 2.0), torch.full((1, 3, 1, 1), 4.0)
     batch = train_dit.make_batch(args, 5, latents, labels, mean, std, 10)
-    assert sorted(set(batch["data"].flatten().tolist())) == [-0.5, -0.25]          # (0 - 2) / 4 and (1 - 2) / 4: either image
-    assert (batch["data"].flatten(1).std(dim=1) == 0).all() and 16 <= (batch["labels"] == 10).sum() <= 48      # 4 standard deviations
-    assert torch.equal(batch["labels"][batch["labels"] < 10], labels[batch["labels"] < 10])
-    assert abs(batch["noise"].mean()) < 0.2 and 0 < batch["t"].min() and batch["t"].max() < 1
+    # (0 - 2) / 4 and (1 - 2) / 4: either image
+    assert sorted(set(batch["latents"].flatten().tolist())) == [-0.5, -0.25]
+    assert (batch["latents"].flatten(1).std(dim=1) == 0).all()
+    is_dropped = batch["labels"] == 10
+    assert 16 <= is_dropped.sum() <= 48                     # 4 standard deviations
+    is_kept = batch["labels"] < 10
+    assert torch.equal(batch["labels"][is_kept], labels[is_kept])
+    assert abs(batch["noise"].mean()) < 0.2                 # 768 draws: 5 standard errors
+    assert 0 < batch["t"].min() and batch["t"].max() < 1
 
 
-def test_counted_flops_are_torchs(micro_model, finished):
-    args = train_dit.parse_args(["--tokenizer", micro_model, "--out", str(finished.parent / "none"), *FAST])
-    cache = data.LatentCache(str(finished.parent / "cache"))
-    state = train_dit.build_state(args, cache, torch.device("cpu"))
-    batch = train_dit.make_batch(args, 0, *cache.batch(0, 8, 0), cache.mean, cache.std, 10)
-    with FlopCounterMode(display=False) as counter:
-        train_dit.train_step(state, batch)
-    # the first layers' inputs need no gradient: 2 of 3 products there, a few parts in a thousand
-    assert counter.get_total_flops() == pytest.approx(train_dit.training_flops(state.model, 8), rel=0.01)
+def test_counted_flops_are_three_times_the_forwards_products(micro_model, finished):
+    """The forward's and the backward's two; the first layers' inputs need no gradient: twice."""
+    _, state, make_batch = setting(micro_model, finished)
+    batch, (d, h, w) = make_batch(0), state.model.latent_shape
+    dim, depth, B, N = 256, 4, 8, h * w
+    inner, n_sinusoids = state.model.blocks[0].mlp.w3.in_features, 256
+    attention = 2 * N * dim                                         # of a token: q k and (q k) v
+    block = B * N * (3 * dim * dim + dim * dim + 3 * dim * inner + attention) + B * 6 * dim * dim
+    last = B * 2 * dim * dim + B * N * dim * d
+    first = B * N * d * dim + B * n_sinusoids * dim
+    products = 3 * (depth * block + B * dim * dim + last) + 2 * first
+    counted = count_flops(lambda: state.objective(batch).backward())
+    assert counted == 2 * products
+
+
+def test_counting_flops_changes_nothing(micro_model, finished):
+    results = []
+    for is_counted in (False, True):
+        _, state, make_batch = setting(micro_model, finished)
+        train_dit.set_lr(state, 5, 10)
+        before = [p.clone() for p in state.model.parameters()]
+        if is_counted:
+            assert count_flops(lambda: state.objective(make_batch(0)).backward()) > 0
+            assert all(torch.equal(a, b) for a, b in zip(before, state.model.parameters()))
+        for step in range(3):
+            train_dit.train_step(state, make_batch(step))
+        assert state.totals["finite_steps"] == 3
+        results.append([*state.totals.values(), *state.model.parameters(), *state.ema.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*results))
 
 
 @pytest.mark.parametrize("wrong, message", [
-    (["--tokenizer", "nowhere/at/all"], "nowhere"), (["--model", "huge"], "XL/1"), (["--steps", "1"], "2 points"), (["--batch_size", "0"], "positive"),
-    (["--label_dropout", "1"], "below 1"), (["--data", "missing-{0..3}.tar"], "missing-0"), (["--sample", "5"], "--out"),
-    (["--sample", "5", "--out", "x.npz", "--checkpoint", "nowhere"], "First: python train_dit.py"), (["--latents_stats", "no.pt"], "no such file"),
+    (["--tokenizer", "nowhere/at/all"], "nowhere"),
+    (["--model", "huge"], "XL/1"),
+    (["--steps", "1"], "2 points"),
+    (["--batch_size", "0"], "positive"),
+    (["--label_dropout", "1"], "below 1"),
+    (["--data", "missing-{0..3}.tar"], "missing-0"),
+    (["--sample", "5"], "--out"),
+    (["--sample", "5", "--out", "x.npz", "--checkpoint", "nowhere"], "First: python train_dit.py"),
+    (["--latents_stats", "no.pt"], "no such file"),
     (["--cache", os.path.dirname(__file__)], "other things")])
-def test_a_wrong_argument_is_an_error_before_any_work(micro_model, tmp_path, capsys, wrong, message):
+def test_a_wrong_argument_is_an_error_before_any_work(micro_model, tmp_path, capsys, wrong,
+                                                      message):
+    common = ["--tokenizer", micro_model]
+    if "--sample" not in wrong:
+        common += ["--out", str(tmp_path / "o")]
     with pytest.raises(SystemExit):
-        train_dit.parse_args(["--tokenizer", micro_model, "--out", str(tmp_path / "o")][:2 if "--sample" in wrong else 4] + wrong)
+        train_dit.read_settings(common + wrong)
     assert message in capsys.readouterr().err
 
 
 def test_without_a_tokenizer_the_message_says_what_to_run_first(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit):
-        train_dit.parse_args([])
+        train_dit.read_settings([])
     assert "python train_tokenizer.py" in capsys.readouterr().err
 
 
 def test_the_judge_learns_and_is_cached(tmp_path):
-    """On two classes that differ plainly, a few steps are enough for it to be right far above chance."""
+    """On two classes that differ plainly, a few steps are enough for it to be right far above
+    chance."""
     source = data.BuiltinSource(200, 64)
     source.labels = (np.arange(200) % 2).astype(np.int64)
-    source.images[:] = np.where(source.labels == 1, 200, 60).astype(np.uint8)[:, None, None, None]
+    brightness = np.where(source.labels == 1, 200, 60).astype(np.uint8)
+    source.images[:] = brightness[:, None, None, None]
     images, labels = torch.from_numpy(source.images), torch.from_numpy(source.labels)
-    judge = evaluate.train_judge(images, labels, 2, torch.device("cpu"), n_steps=20, batch_size=16)
+    judge = evaluate.train_judge(images, labels, 2, CPU, n_steps=20, batch_size=16)
     assert judge.accuracy > 0.9
-    torch.save(dict(judge=judge.state_dict(), accuracy=judge.accuracy, fingerprint=f"{source.fingerprint()} 2 classes"), tmp_path / "judge.pt")
-    again = evaluate.open_judge(str(tmp_path / "judge.pt"), source, 2, torch.device("cpu"))
-    assert again.accuracy == judge.accuracy and torch.equal(again.classify(images[:8] / 255), judge.classify(images[:8] / 255))
+    path = str(tmp_path / "judge.pt")
+    torch.save(dict(judge=judge.state_dict(), accuracy=judge.accuracy,
+                    fingerprint=f"{source.fingerprint()} 2 classes"), path)
+    again = evaluate.open_judge(path, source, 2, CPU)
+    assert again.accuracy == judge.accuracy
+    assert torch.equal(again.classify(images[:8] / 255), judge.classify(images[:8] / 255))
 
 
 @pytest.mark.gpu
 def test_captured_step_equals_the_eager_one(micro_model, finished):
-    device, results = torch.device("cuda"), []
-    cache = data.LatentCache(str(finished.parent / "cache"))
+    results = []
     for graph in (False, True):
-        args = train_dit.parse_args(["--tokenizer", micro_model, "--out", str(finished.parent / "none"), *FAST, "--no-compile"])
-        state = train_dit.build_state(args, cache, device)
+        _, state, make_batch = setting(micro_model, finished, "--no-compile", device="cuda")
         step_fn = train_dit.CapturedStep(lambda batch: train_dit.train_step(state, batch), graph)
         for step in range(15):
-            latents, labels = (x.to(device) for x in cache.batch(step, 8, 0))
             train_dit.set_lr(state, step, 100)
-            step_fn(train_dit.make_batch(args, step, latents, labels, cache.mean.to(device), cache.std.to(device), 10))
+            step_fn(make_batch(step))
         results.append([p.detach().clone() for p in state.model.parameters()])
     for a, b in zip(*results):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)

@@ -1,13 +1,13 @@
-"""The training script: counted FLOPs, exact resume, ranks that change nothing, steps that are not finite, arguments, files."""
+"""The training script: what a step computes, counted FLOPs, exact resume, ranks that change nothing, steps
+that are not finite, the command line, files."""
+import copy
 import glob
 import json
 import math
 import os
-import shutil
 
 import pytest
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 import data
 import evaluate
@@ -15,82 +15,257 @@ import train_tokenizer as train
 from conftest import ROOT, run_script
 from losses import LPIPS
 from test_data import sample, write_tar
-from vtp import VTP, preset, read_safetensors
+from vtp import VTP, read_safetensors, samples_kept, vtp_config
 
-FAST = ["--samples", "48", "--batch_size", "4", "--ssl_batch_size", "2", "--rec_batch_size", "2", "--prototypes", "32", "--head_hidden", "32", "--head_dim", "16",
-        "--n_local", "2", "--train_size", "64", "--eval_samples", "16", "--log_every", "1", "--precision", "fp32", "--teacher_momentum", "0.992", "--teacher_temp", "0.04", "0.07"]
+FAST = ["--samples", "48", "--batch_size", "4", "--ssl_batch_size", "2", "--rec_batch_size", "2",
+        "--prototypes", "32", "--n_local", "2", "--train_size", "64", "--eval_samples", "16",
+        "--log_every", "1", "--precision", "fp32", "--teacher_momentum", "0.992",
+        "--teacher_temp", "0.04", "0.07"]
+AUTOENCODER = ["--lambda_clip", "0", "--lambda_ssl", "0"]
 
 
-def setting(micro_model, out, *more):
-    """Arguments, state and one batch of views of a micro run."""
-    args = train.parse_args(["--init", micro_model, "--out", str(out), *FAST, *more])
-    config, state = train.model_config(args), train.build_state(args, torch.device("cpu"))
+@pytest.fixture(autouse=True)
+def small_head(monkeypatch):
+    """An SSL head as small as the micro model."""
+    monkeypatch.setattr(train, "TINY_HEAD_SIZE", (32, 16))
+
+
+def setting(micro_model, out, *more, device="cpu"):
+    """Arguments, config and state of a micro run, and the function step -> its batch of views."""
+    args, config = train.read_settings(["--init", micro_model, "--out", str(out), *FAST, *more])
+    state = train.build_state(args, config, torch.device(device))
     source = data.BuiltinSource(args.batch_size, config.image_size)
-    tokens = data.byte_tokenizer(source.captions, config.text_context_length)
-    views = lambda step: train.make_views(args, config, step, torch.tensor(source.images), tokens)
-    return args, config, state, views
+    images = torch.tensor(source.images, device=device)
+    tokens = data.byte_tokenizer(source.captions, config.text_context_length).to(device)
+    return args, config, state, lambda step: train.make_views(args, config, step, images, tokens)
+
+
+def everything_in(state):
+    """Copies of all tensors that training changes."""
+    modules = state.modules().values()
+    tensors = [t for module in modules for t in module.state_dict().values()]
+    tensors += [t for moments in state.optimizer.state.values() for t in moments.values()]
+    return [t.clone() for t in tensors]
 
 
 def rows_of(out, kind, *fields):
-    return [[r[f] for f in ("step", *fields)] for r in evaluate.read_metrics(str(out)) if r["kind"] == kind]
+    rows = [r for r in evaluate.read_metrics(str(out)) if r["kind"] == kind]
+    return [[r[f] for f in ("step", *fields)] for r in rows]
 
 
-@pytest.mark.parametrize("more", [[], ["--lambda_clip", "0", "--lambda_ssl", "0"], ["--lambda_rec", "0"], ["--lambda_clip", "0"], ["--drop_path", "0.5", "--drop_path_ssl", "0.5"]])
-def test_counted_flops_are_torchs(micro_model, tmp_path, more):
+# ----- Counted FLOPs --------------------------------------------------------------------------------------
+
+def blocks_flops(depth, dim, ffn, n_samples, n_tokens, drop_path=0.0):
+    """Forward FLOPs of transformer blocks: 2 for each weight of a linear and token, two N x N products of
+    attention. ffn: weights of a block's feed-forward layer. Norms, activations and softmax are left out."""
+    kept = samples_kept(n_samples, drop_path) if drop_path else n_samples
+    return depth * kept * (2 * n_tokens * (4 * dim * dim + ffn) + 4 * n_tokens * n_tokens * dim)
+
+
+def ffn_weights(dim, kind):
+    """Weights, without biases, of a block's feed-forward layer at ratio 4."""
+    inner = 4 * dim
+    if kind == "mlp":
+        return 2 * dim * inner
+    inner = int(inner * 2 / 3)
+    return 3 * dim * (inner + -inner % 8)
+
+
+def lpips_flops(side):
+    """Forward FLOPs of LPIPS' convolutions on one image."""
+    width, total = 3, 0
+    for layer in LPIPS.LAYERS:
+        if layer == "pool":
+            side //= 2
+        else:
+            total += 2 * 9 * width * layer * side ** 2
+            width = layer
+    return total
+
+
+def step_flops(config, args):
+    """FLOPs of one training step of a micro model on one rank, by the sizes of its matrix products.
+
+    Forward and backward: three times the forward, but two times for the patch embedding, whose input needs no
+    gradient, once for the teacher and, of LPIPS' frozen network, twice for the reconstruction and once for
+    the target.
+    """
+    dim, d, side = config.vision_embed_dim, config.vision_feature_bottleneck, config.image_size
+    n_patches, patch_values, total = (side // 16) ** 2, 3 * 16 ** 2, 0
+    B, b_rec, b_ssl = args.batch_size, args.rec_batch_size, args.ssl_batch_size
+
+    def encoder(n_samples, side, drop_path=0.0, is_teacher=False):
+        n, ffn = (side // 16) ** 2, ffn_weights(dim, config.vision_ffn_layer)
+        embed = 2 * n_samples * n * patch_values * dim
+        blocks = blocks_flops(config.vision_depth, dim, ffn, n_samples, n + 1, drop_path)
+        return embed + blocks if is_teacher else 2 * embed + 3 * blocks
+    if args.lambda_clip or args.lambda_rec:
+        total += encoder(B if args.lambda_clip else b_rec, side, args.drop_path)
+    if args.lambda_clip:
+        D, L = config.text_embed_dim, config.text_context_length
+        text = blocks_flops(config.text_depth, D, ffn_weights(D, "mlp"), B, L) + 2 * B * D * D
+        total += 3 * (text + 2 * B * dim * D + 2 * (2 * B * B * D))     # the last: similarities, both ways
+    if args.lambda_rec:
+        D = config.decoder_embed_dim
+        linears = 2 * b_rec * n_patches * (dim * d + d * D + D * patch_values)
+        ffn = ffn_weights(D, config.decoder_ffn_layer)
+        total += 3 * (linears + blocks_flops(config.decoder_depth, D, ffn, b_rec, n_patches))
+        total += 3 * b_rec * lpips_flops(side) if args.lpips != "none" else 0
+    if args.lambda_ssl:
+        total += encoder(2 * b_ssl, side, args.drop_path_ssl) + encoder(2 * b_ssl, side, is_teacher=True)
+        total += encoder(args.n_local * b_ssl, 2 * config.vision_patch_size, args.drop_path_ssl)
+        hidden, out = train.TINY_HEAD_SIZE
+        row = 2 * (dim * hidden + hidden * hidden + hidden * out + out * args.prototypes)
+        masked = b_ssl * round(sum(train.MASK_RATIO) * n_patches) // 2
+        total += row * (3 * args.n_local * b_ssl + 4 * (2 * b_ssl + masked))
+        total += 2 * (2 * b_ssl * b_ssl * dim)      # KoLeo's search for neighbours, in two crops
+    return total
+
+
+@pytest.mark.parametrize("more", [
+    [],
+    AUTOENCODER,
+    ["--lambda_rec", "0"],
+    ["--lambda_clip", "0"],
+    ["--drop_path", "0.5", "--drop_path_ssl", "0.5"]])
+def test_counted_flops_are_those_of_the_matrix_products(micro_model, tmp_path, more):
     args, config, state, views = setting(micro_model, tmp_path / "o", *more)
-    views = views(0)
     train.set_schedules(state, 0, 10)
-    # the teacher runs without gradient, where a CPU takes the fused attention, which torch's counter does not know
-    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        train.train_step(state, views)
-    assert counter.get_total_flops() == pytest.approx(train.training_flops(config, args), rel=1e-3)     # weight norms and the like
+    views = views(0)
+    counted = train.count_flops(lambda: train.forward_backward(state, views))
+    assert counted == pytest.approx(step_flops(config, args), rel=1e-3)
 
 
-def test_counted_flops_of_lpips_are_torchs(micro_model, tmp_path, monkeypatch):
+def test_counted_flops_include_those_of_lpips(micro_model, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "LPIPS", lambda weights: LPIPS(None))
-    monkeypatch.setattr(train.LPIPS, "LAYERS", LPIPS.LAYERS, raising=False)
     folder = tmp_path / "weights"
     folder.mkdir()
-    args, config, state, views = setting(micro_model, tmp_path / "o", "--lambda_clip", "0", "--lambda_ssl", "0", "--lpips", str(folder))
+    args, config, state, views = setting(micro_model, tmp_path / "o", *AUTOENCODER, "--lpips", str(folder))
     train.set_schedules(state, 0, 10)
-    with FlopCounterMode(display=False) as counter:
-        train.train_step(state, views(0))
-    assert counter.get_total_flops() == pytest.approx(train.training_flops(config, args), rel=1e-3)
+    views = views(0)
+    counted = train.count_flops(lambda: train.forward_backward(state, views))
+    assert counted == pytest.approx(step_flops(config, args), rel=1e-3)
 
 
-def test_one_step_is_adamw_with_decoupled_decay_clipping_and_ema(micro_model, tmp_path):
-    args, config, state, views = setting(micro_model, tmp_path / "o", "--clip_grad", "0.5", "--layer_decay", "0.5", "--decoder_lr", "3", "--warmup", "0", "--freeze_prototypes", "0.5", "--lr", "0.01")
+def test_counted_flops_include_recomputation_and_are_of_all_ranks(micro_model, tmp_path, monkeypatch):
+    counts = []
+    for more in ([], ["--checkpoint_blocks"]):
+        args, config, state, views = setting(micro_model, tmp_path / "o", *AUTOENCODER, *more)
+        train.set_schedules(state, 0, 10)
+        batch = views(0)
+        counts.append(train.count_flops(lambda: train.forward_backward(state, batch)))
+    ffn = ffn_weights(config.vision_embed_dim, config.vision_ffn_layer)
+    blocks = blocks_flops(config.vision_depth, config.vision_embed_dim, ffn, args.rec_batch_size, 17)
+    # a block's last product is not needed again
+    assert 0.7 * blocks < counts[1] - counts[0] <= blocks
+    monkeypatch.setattr(train, "world_size", lambda: 8)
+    assert train.count_flops(lambda: torch.ones(3, 5) @ torch.ones(5, 7)) == 8 * 2 * 3 * 5 * 7
+
+
+def test_counting_flops_changes_neither_weights_nor_the_steps_that_follow(micro_model, tmp_path):
+    after = []
+    for counts in (False, True):
+        _, _, state, views = setting(micro_model, tmp_path / "o", "--drop_path", "0.5", "--warmup", "0")
+        before = everything_in(state)
+        train.set_schedules(state, 0, 10)
+        if counts:
+            batch = views(0)
+            train.count_flops(lambda: train.forward_backward(state, batch))
+            assert all(torch.equal(a, b) for a, b in zip(before, everything_in(state)))
+            assert all(total == 0 for total in state.totals.values())
+        losses = []
+        for step in range(3):
+            train.set_schedules(state, step, 10)
+            train.train_step(state, views(step))
+            losses.append({k: v.item() for k, v in state.totals.items()})
+        after.append((losses, everything_in(state)))
+    assert after[0][0] == after[1][0] and after[0][0][-1]["finite_steps"] == 3
+    assert all(torch.equal(a, b) for a, b in zip(after[0][1], after[1][1]))
+
+
+# ----- The step -------------------------------------------------------------------------------------------
+
+def test_the_loss_is_the_weighted_sum_of_the_objectives(micro_model, tmp_path, monkeypatch):
+    weights = ["--lambda_rec", "0.3", "--lambda_ssl", "0.7", "--lambda_clip", "1.9"]
+    _, _, state, views = setting(micro_model, tmp_path / "o", *weights)
+    monkeypatch.setattr(train, "KOLEO_WEIGHT", 0.25)
+    train.set_schedules(state, 0, 10)
+    loss, losses, _ = train.forward_backward(state, views(0))
+    assert list(losses) == ["clip", "rec", "dino", "mim", "koleo"]
+    clip, rec, dino, mim, koleo = (x.item() for x in losses.values())
+    expected = 0.3 * rec + 0.7 * (dino + mim + 0.25 * koleo) + 1.9 * clip
+    assert loss.item() == pytest.approx(expected, rel=1e-6)      # an fp32 sum of five
+
+
+def test_one_step_is_adamw_with_decoupled_decay_clipping_and_ema(micro_model, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "FREEZE_PROTOTYPES", 0.5)
+    more = ["--clip_grad", "0.5", "--layer_decay", "0.5", "--decoder_lr", "3", "--warmup", "0",
+            "--lr", "0.01"]
+    args, config, state, views = setting(micro_model, tmp_path / "o", *more)
     before = {k: v.clone() for k, v in state.model.state_dict().items()}
     teacher_before = [p.clone() for p in state.teacher.parameters()]
-    prototypes = state.head.prototypes.clone()
+    head = copy.deepcopy(state.head.state_dict())
     train.set_schedules(state, 1, 10)
     train.train_step(state, views(1))
-    lr, decay, momentum = (train.cosine(a, b, 0.1) for a, b in ((0.01, 1e-6), (0.04, 0.4), (0.992, 1.0)))
-    after, grads = state.model.state_dict(), {k: p.grad for k, p in state.model.named_parameters() if p.grad is not None}
-    for part in ("trunk", "pixel_decoder"):
-        parameters = [g for k, g in grads.items() if k.startswith(part) or (part == "trunk" and k.startswith("visual_proj"))]
-        assert torch.linalg.vector_norm(torch.stack([g.norm() for g in parameters])) <= 0.5 * (1 + 1e-4)
-    for name, factor, decays in (("trunk.blocks.1.mlp.w1.weight", 0.5, True), ("trunk.blocks.0.attn.qkv.weight", 0.25, True), ("trunk.blocks.0.norm1.weight", 0.25, False),
-                                 ("pixel_decoder.proj_in.bias", 3.0, False), ("trunk.patch_embed.proj.weight", 0.125, True), ("logit_scale", 1.0, False)):
+    ends = ((0.01, 1e-6), (0.04, 0.4), (0.992, 1.0))
+    lr, decay, momentum = (train.cosine(start, end, 0.1) for start, end in ends)
+    after = state.model.state_dict()
+    grads = {k: p.grad for k, p in state.model.named_parameters() if p.grad is not None}
+    for prefixes in (("trunk", "visual_proj"), ("pixel_decoder",)):
+        norms = torch.stack([g.norm() for k, g in grads.items() if k.startswith(prefixes)])
+        assert torch.linalg.vector_norm(norms) <= 0.5 * (1 + 1e-4)     # the norms' rounding in fp32
+    for name, factor, decays in (
+            ("trunk.blocks.1.mlp.w1.weight", 0.5, True),
+            ("trunk.blocks.0.attn.qkv.weight", 0.25, True),
+            ("trunk.blocks.0.norm1.weight", 0.25, False),
+            ("pixel_decoder.proj_in.bias", 3.0, False),
+            ("trunk.cls_token", 0.125, True),
+            ("trunk.patch_embed.proj.weight", 0.2 * 0.125, True),
+            ("logit_scale", 1.0, False)):
         g = grads[name]
-        step = g / (g.abs() + args.eps)        # Adam's first step, both moments without bias
+        step = g / (g.abs() + 1e-8)        # Adam's first step, both moments without bias
         expected = before[name] * (1 - lr * factor * decay * decays) - lr * factor * step
-        torch.testing.assert_close(after[name], expected, atol=1e-6, rtol=1e-4, msg=lambda m: f"{name}: {m}")
-    assert torch.equal(state.head.prototypes, prototypes)          # frozen at first
-    for old, teacher, student in zip(teacher_before, state.teacher.parameters(), train.student_of_teacher(state)):
-        torch.testing.assert_close(teacher, momentum * old + (1 - momentum) * student, atol=1e-7, rtol=1e-5)
+        # fp32: the optimizer takes the step from its two moments
+        torch.testing.assert_close(after[name], expected, atol=1e-6, rtol=1e-4,
+                                   msg=lambda m: f"{name}: {m}")
+    for name, value in state.head.state_dict().items():      # prototypes are frozen at first, with their gain
+        assert torch.equal(value, head[name]) == name.startswith("prototype"), name
+    students = state.student.parameters()
+    for old, teacher, student in zip(teacher_before, state.teacher.parameters(), students):
+        # the step takes 1 - momentum in fp32, which keeps 5 digits of it
+        expected = momentum * old + (1 - momentum) * student
+        torch.testing.assert_close(teacher, expected, atol=1e-7, rtol=1e-5)
+
+
+def test_without_layer_decay_all_of_the_encoder_learns_at_one_rate(micro_model, tmp_path):
+    _, _, state, _ = setting(micro_model, tmp_path / "o", "--layer_decay", "1", "--decoder_lr", "3")
+    names = {id(p): name for name, p in state.model.named_parameters()}
+    for group in state.optimizer.param_groups:
+        for name in (names.get(id(p), "head") for p in group["params"]):
+            assert group["lr_factor"] == (3 if name.startswith("pixel_decoder") else 1), name
 
 
 def test_schedules_have_their_ends_and_are_fractions_of_the_run(micro_model, tmp_path):
     args, _, state, _ = setting(micro_model, tmp_path / "o")
     for n in (100, 1000):
         values = [train.set_schedules(state, s, n) for s in range(n)]
-        assert max(train.set_schedules(state, s, 14)["lr"] for s in range(14)) <= args.lr      # a warm-up that is no whole number
-        assert values[0]["lr"] == pytest.approx(args.lr / (n / 10)) and max(v["lr"] for v in values) == pytest.approx(args.lr, rel=1e-3)
-        assert values[n // 2]["lr"] == pytest.approx(train.cosine(args.lr, 1e-6, 0.4 / 0.9), rel=1e-6)
-        assert values[0]["teacher_temp"] == 0.04 and values[3 * n // 10]["teacher_temp"] == pytest.approx(0.07) == values[-1]["teacher_temp"]
-        assert values[0]["teacher_momentum"] == pytest.approx(0.992) and values[-1]["teacher_momentum"] == pytest.approx(1, abs=1e-4)
-        assert values[0]["weight_decay"] == pytest.approx(0.04) and values[-1]["weight_decay"] == pytest.approx(0.4, abs=1e-3)
+        first, middle, last = values[0], values[n // 2], values[-1]
+        # 14: a warm-up that is no whole number
+        assert max(train.set_schedules(state, s, 14)["lr"] for s in range(14)) <= args.lr
+        assert first["lr"] == pytest.approx(args.lr / (n / 10))
+        assert max(v["lr"] for v in values) == pytest.approx(args.lr, rel=1e-3)
+        assert middle["lr"] == pytest.approx(train.cosine(args.lr, 1e-6, 0.4 / 0.9), rel=1e-6)
+        assert first["teacher_temp"] == 0.04
+        assert values[3 * n // 10]["teacher_temp"] == pytest.approx(0.07) == last["teacher_temp"]
+        # the last step is one short of the cosine's end, by (pi / n)^2 / 4 of the way
+        assert first["teacher_momentum"] == pytest.approx(0.992)
+        assert last["teacher_momentum"] == pytest.approx(1, abs=1e-4)
+        assert first["weight_decay"] == pytest.approx(0.04)
+        assert last["weight_decay"] == pytest.approx(0.4, abs=1e-3)
+    for step, rests in ((9, True), (10, False)):      # prototypes, for 1 % of the run
+        train.set_schedules(state, step, 1000)
+        rates = {group["starts_frozen"]: group["lr"].item() for group in state.optimizer.param_groups}
+        assert (rates[True] == 0) == rests and rates[False] > 0
 
 
 def test_dino_loss_pairs_each_student_view_with_every_teacher_view_of_another_crop(micro_model, tmp_path):
@@ -99,193 +274,344 @@ def test_dino_loss_pairs_each_student_view_with_every_teacher_view_of_another_cr
     train.set_schedules(state, 0, 10)
     targets = train.teacher_targets(state, views)
     losses = state.objectives(views, targets)
-    model, b = state.model, 2
+    model, masks, b = state.model, views["masks"], 2
+
+    def cross_entropy(teacher, student):
+        return -(teacher * (student / 0.1).log_softmax(dim=-1)).sum(dim=-1)
     with torch.no_grad():
-        logits = [state.head(c) for c in (*model.features(views["global_crops"], views["masks"])[0].split(b), *model.features(views["local_crops"])[0].split(b))]
+        cls, patches = model.features(views["global_crops"], masks)
+        local_cls, _ = model.features(views["local_crops"])
+        logits = [state.head(c) for c in (*cls.split(b), *local_cls.split(b))]
         teachers = targets[0].split(b)
-        pairs = [-(teachers[t] * (logits[s] / 0.1).log_softmax(dim=-1)).sum(dim=-1).mean() for t in range(2) for s in range(4) if s != t]
+        pairs = [cross_entropy(teachers[t], logits[s]).mean()
+                 for t in range(2) for s in range(4) if s != t]
         assert len(pairs) == 2 + 2 * args.n_local
-        torch.testing.assert_close(losses["loss_dino"], torch.stack(pairs).mean(), atol=1e-5, rtol=1e-5)
-        rows = [(crop, patch) for crop in range(4) for patch in range(16) if views["masks"][crop, patch]]      # row-major
-        patches = model.features(views["global_crops"], views["masks"])[1]
+        expected = torch.stack(pairs).mean()
+        # here and below: fp32 sums in another order
+        torch.testing.assert_close(losses["dino"], expected, atol=1e-5, rtol=1e-5)
+        # row-major
+        rows = [(crop, patch) for crop in range(4) for patch in range(16) if masks[crop, patch]]
+        assert views["mask_indices"].tolist() == [16 * crop + patch for crop, patch in rows]
         student = state.head(torch.stack([patches[r] for r in rows]))
-        total = sum(-(targets[1][i] * (student[i] / 0.1).log_softmax(dim=-1)).sum() / views["masks"][crop].sum() for i, (crop, _) in enumerate(rows))
-        torch.testing.assert_close(losses["loss_mim"], total / 4, atol=1e-5, rtol=1e-5)
+        total = sum(cross_entropy(targets[1][i], student[i]) / masks[crop].sum()
+                    for i, (crop, _) in enumerate(rows))
+        torch.testing.assert_close(losses["mim"], total / 4, atol=1e-5, rtol=1e-5)
 
 
 def test_autoencoder_baseline_builds_neither_teacher_nor_text_tower(micro_model, tmp_path):
-    args, config, state, views = setting(micro_model, tmp_path / "o", "--lambda_clip", "0", "--lambda_ssl", "0")
-    assert state.teacher is None and state.head is None and not hasattr(state.model, "text_transformer")
+    args, config, state, views = setting(micro_model, tmp_path / "o", *AUTOENCODER)
+    assert state.teacher is None and state.head is None
+    assert not hasattr(state.model, "text_transformer")
     train.set_schedules(state, 0, 10)
     assert set(views(0)) == {"images"}
     train.train_step(state, views(0))
-    assert all(p.grad is not None for p in state.model.parameters() if p.requires_grad)      # DDP would stop otherwise
+    trained = [p for p in state.model.parameters() if p.requires_grad]
+    assert all(p.grad is not None for p in trained)                # DDP would stop otherwise
 
 
-@pytest.mark.parametrize("more", [["--lambda_rec", "0"], ["--lambda_clip", "0"], ["--lambda_ssl", "0"], []])
+@pytest.mark.parametrize("more", [
+    ["--lambda_rec", "0"],
+    ["--lambda_clip", "0"],
+    ["--lambda_ssl", "0"],
+    []])
 def test_every_trained_parameter_gets_a_gradient(micro_model, tmp_path, more):
     _, _, state, views = setting(micro_model, tmp_path / "o", *more)
     train.set_schedules(state, 0, 10)
     train.train_step(state, views(0))
-    assert [n for n, p in state.objectives.named_parameters() if p.requires_grad and p.grad is None] == []
+    trained = [(n, p) for n, p in state.objectives.named_parameters() if p.requires_grad]
+    assert [n for n, p in trained if p.grad is None] == []
 
 
-def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(micro_model, tmp_path):
+def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(micro_model, tmp_path, monkeypatch,
+                                                                  capsys):
+    monkeypatch.setattr(train, "matmul_rate", lambda device: 1e9)
     args, _, state, views = setting(micro_model, tmp_path / "o")
-    train.set_schedules(state, 2, 10)
+    log = train.Log(args, state.model, "scenes", step=0, n_steps=10, flops_per_step=1e6)
+    scheduled = train.set_schedules(state, 2, 10)
     train.train_step(state, views(0))
-    everything = lambda: [t.clone() for m in (state.model, state.head, state.teacher) for t in m.state_dict().values()] + \
-        [t.clone() for s in state.optimizer.state.values() for t in s.values()]
-    before, totals = everything(), {k: v.clone() for k, v in state.totals.items()}
+    before, totals = everything_in(state), {k: v.item() for k, v in state.totals.items()}
     broken = views(1)
     broken["images"] = broken["images"] * math.nan
     train.train_step(state, broken)
-    assert all(torch.equal(a, b) for a, b in zip(before, everything()))
+    assert all(torch.equal(a, b) for a, b in zip(before, everything_in(state)))
     totals["steps"] += 1
-    assert {k: v.item() for k, v in state.totals.items()} == {k: v.item() for k, v in totals.items()}
-    arguments = (train.set_schedules(state, 2, 10), 2, 1.0, 0.0, 1, 1.0, {})
-    row, line = train.train_row(state, dict(step=2, samples=8), *arguments)
-    assert row["skipped_steps"] == 1 and "1 steps (not finite)" in line and math.isfinite(row["loss"])
+    assert {k: v.item() for k, v in state.totals.items()} == totals
+    log.write_train(2, state.totals, scheduled, {"no caption": 3})
+    row, = evaluate.read_metrics(args.out)
+    assert row["skipped_steps"] == 1 and row["skipped_samples"] == 3
+    for name in ("loss", "grad_norm", "loss_koleo"):      # of the other step
+        assert row[name] == totals[name]
+    printed = capsys.readouterr().out
+    for words in ("1 steps (not finite)", "skipped 3 samples", "(3 no caption)"):
+        assert words in printed
+    assert all(total == 0 for total in state.totals.values())      # a new line starts anew
     train.train_step(state, broken)
-    with pytest.raises(RuntimeError, match="not finite"):
-        train.train_row(state, dict(step=3, samples=12), *arguments)
+    with pytest.raises(RuntimeError, match="not finite in all of the last 1 steps"):
+        log.write_train(3, state.totals, scheduled, {})
 
 
-def everything_in(checkpoint):
-    content = torch.load(checkpoint, weights_only=True)
-    flat = lambda v: [v] if not isinstance(v, (dict, list, tuple)) else [x for y in (v.values() if isinstance(v, dict) else v) for x in flat(y)]
-    return flat(content)
+# ----- Runs that stop, and ranks --------------------------------------------------------------------------
+
+def leaves(value):
+    """What nested dicts, lists and tuples hold, in their order."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    if not isinstance(value, (list, tuple)):
+        return [value]
+    return [leaf for part in value for leaf in leaves(part)]
 
 
-@pytest.mark.parametrize("kind", ["built-in", "tars"])
-def test_a_killed_run_resumes_bit_for_bit(micro_model, tmp_path, monkeypatch, kind):
-    more = []
-    if kind == "tars":
-        write_tar(str(tmp_path / "t.tar"), [sample(i) for i in range(30)])
-        more = ["--data", str(tmp_path / "t.tar"), "--workers", "0"]
-    common = ["--init", micro_model, *FAST, "--checkpoint_every", "5", "--drop_path_ssl", "0.4", *more]
-    train.main([*common, "--out", str(tmp_path / "whole")])
+def kill_at(n, monkeypatch, arguments):
+    """A run that stops before its n-th step."""
     real, calls = train.train_step, []
 
     def killed(state, views):
         calls.append(1)
-        if len(calls) == 9:
+        if len(calls) == n:
             raise KeyboardInterrupt
         real(state, views)
-    monkeypatch.setattr(train, "train_step", killed)
-    with pytest.raises(KeyboardInterrupt):
-        train.main([*common, "--out", str(tmp_path / "cut")])
-    monkeypatch.setattr(train, "train_step", real)
-    train.main(["--out", str(tmp_path / "cut"), "--resume"])
-    a, b = (everything_in(tmp_path / f / "checkpoint.pt") for f in ("whole", "cut"))
-    assert len(a) == len(b) and all(torch.equal(x, y) if torch.is_tensor(x) else x == y for x, y in zip(a, b))
-    assert rows_of(tmp_path / "whole", "train", "loss", "grad_norm") == rows_of(tmp_path / "cut", "train", "loss", "grad_norm")
-    assert len(rows_of(tmp_path / "cut", "train")) == 12
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train, "train_step", killed)
+        train.main(arguments)
+
+
+@pytest.mark.parametrize("kind", ["built-in", "tars"])
+def test_a_killed_run_resumes_bit_for_bit(micro_model, tmp_path, monkeypatch, capsys, kind):
+    more = []
+    if kind == "tars":
+        write_tar(str(tmp_path / "t.tar"), [sample(i) for i in range(30)])
+        more = ["--data", str(tmp_path / "t.tar"), "--workers", "0"]
+    common = ["--init", micro_model, *FAST, "--checkpoint_every", "5", "--eval_every", "6",
+              "--drop_path_ssl", "0.4", *more]
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    train.main([*common, "--out", str(whole)])
+    kill_at(9, monkeypatch, [*common, "--out", str(cut)])
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "count_flops", lambda compute: pytest.fail("the checkpoint knows the FLOPs"))
+        train.main(["--out", str(cut), "--resume"])
+    a, b = (leaves(torch.load(out / "checkpoint.pt", weights_only=True)) for out in (whole, cut))
+    assert len(a) == len(b)
+    assert all(torch.equal(x, y) if torch.is_tensor(x) else x == y for x, y in zip(a, b))
+    fields = ("loss", "grad_norm", "flops", "samples")
+    assert rows_of(whole, "train", *fields) == rows_of(cut, "train", *fields)
+    assert len(rows_of(cut, "train")) == 12
     # a finished run leaves what it promised, and the tokenizer is the student
-    model, student = VTP.from_pretrained(str(tmp_path / "cut")), torch.load(tmp_path / "cut" / "checkpoint.pt", weights_only=True)["model"]
+    model = VTP.from_pretrained(str(cut))
+    student = torch.load(cut / "checkpoint.pt", weights_only=True)["model"]
     assert all(torch.equal(v, student[k]) for k, v in model.state_dict().items())
-    record = json.load(open(tmp_path / "cut" / "run.json"))
-    assert record["arguments"]["seed"] == 0 and record["torch"] == torch.__version__ and "git_commit" in record
-    assert os.path.getsize(tmp_path / "cut" / "curves.png") > 0
+    record = json.load(open(cut / "run.json"))
+    assert record["arguments"]["seed"] == 0 and record["torch"] == torch.__version__
+    assert "git_commit" in record
+    assert os.path.getsize(cut / "curves.png") > 0
     if kind == "built-in":
-        last = evaluate.read_metrics(str(tmp_path / "cut"))[-1]
-        assert last["kind"] == "eval" and {"psnr", "image_to_text", "retrieval_chance", "latent_linear", "latent_knn", "accuracy_chance", "flops"} <= set(last)
-        assert glob.glob(str(tmp_path / "cut" / "reconstructions_*.png"))
-    with pytest.raises(SystemExit):      # another run in a used folder
-        train.parse_args(["--init", micro_model, *FAST, "--out", str(tmp_path / "cut")])
-    with pytest.raises(SystemExit):      # not the same run
-        train.parse_args(["--out", str(tmp_path / "cut"), "--resume", "--lr", "0.5"])
+        measures = [row for row in evaluate.read_metrics(str(cut)) if row["kind"] == "eval"]
+        assert [row["step"] for row in measures] == [0, 6, 12]
+        assert set(measures[-1]) == {
+            "kind", "step", "samples", "flops", "psnr", "ssim", "image_to_text", "text_to_image",
+            "retrieval_chance", "linear_probe", "linear_probe_balanced", "linear_probe_rate", "knn", "chance"}
+        assert glob.glob(str(cut / "reconstructions_*.png"))
+    capsys.readouterr()
+    another_run, not_the_same = ["--init", micro_model, *FAST], ["--resume", "--lr", "0.5"]
+    for more, words in ((another_run, "is not empty"), (not_the_same, "--lr (was ")):
+        with pytest.raises(SystemExit) as stop:
+            train.read_settings(["--out", str(cut), *more])
+        assert stop.value.code == 2 and words in capsys.readouterr().err
+    args, _ = train.read_settings(["--out", str(cut), "--resume", "--log_every", "7"])      # this may change
+    assert args.log_every == 7 and args.init == micro_model
+
+
+@pytest.mark.parametrize("n_tars", [1, 3])
+def test_a_killed_run_on_tars_goes_on_with_two_workers_instead_of_none(micro_model, tmp_path, monkeypatch,
+                                                                       n_tars):
+    for shard in range(n_tars):
+        samples = [sample(i, txt=None if i % 5 == 2 else b"a caption") for i in range(30)]
+        write_tar(str(tmp_path / f"{shard}.tar"), samples)
+    out = tmp_path / "out"
+    of_tars = ["--data", str(tmp_path / "*.tar"), "--workers", "0", "--max_skipped", "0.5"]
+    common = ["--init", micro_model, *FAST, "--out", str(out), "--checkpoint_every", "4"]
+    kill_at(9, monkeypatch, [*common, *of_tars])
+    train.main(["--out", str(out), "--resume", "--workers", "2"])
+    rows = rows_of(out, "train", "samples", "skipped_samples", "loss")
+    assert [row[:2] for row in rows] == [[step, 4 * step] for step in range(1, 13)]
+    skipped = [row[2] for row in rows]
+    assert 0 < skipped[7] < skipped[-1] and skipped == sorted(skipped)      # it counts on
+    assert all(math.isfinite(row[3]) for row in rows)
+    content = torch.load(out / "checkpoint.pt", weights_only=True)
+    assert content["step"] == content["place"]["batches"] == 12 and len(content["place"]["readers"]) == 2
+
+
+RANKS_SCRIPT = """
+import sys; sys.path.insert(0, {root!r})
+import vtp, train_tokenizer
+train_tokenizer.TINY_HEAD_SIZE, train_tokenizer.ADAM_EPS = (512, 64), 1e-6
+tables = vtp.RopeEmbedding.forward
+if {in_fp32}:
+    vtp.RopeEmbedding.forward = lambda *a, **k: tuple(t.float() for t in tables(*a, **k))
+train_tokenizer.main()
+"""
 
 
 @pytest.mark.parametrize("rotation", ["fp32", "bf16"])
 def test_two_ranks_have_the_loss_curve_of_one(micro_model, tmp_path, rotation):
-    """With everything in fp32, RoPE's rotation too, and with the rotation in bfloat16 as released models have it."""
-    script = os.path.join(ROOT, "train_tokenizer.py")
-    if rotation == "fp32":
-        script = tmp_path / "in_fp32.py"
-        script.write_text(f"import sys; sys.path.insert(0, {ROOT!r})\nimport vtp, train_tokenizer\ntables = vtp.RopeEmbedding.forward\n"
-                          "vtp.RopeEmbedding.forward = lambda *a, **k: tuple(t.float() for t in tables(*a, **k))\ntrain_tokenizer.main()\n")
-    common = [script, "--init", micro_model, *FAST, "--samples", "160", "--batch_size", "8", "--ssl_batch_size", "4", "--rec_batch_size", "4",
-              "--eval_every", "20", "--head_hidden", "512", "--head_dim", "64", "--lr", "3e-4", "--eps", "1e-6"]
+    """With everything in fp32, RoPE's rotation too, and with the rotation in bfloat16 as released models
+    have it."""
+    script = tmp_path / "script.py"
+    script.write_text(RANKS_SCRIPT.format(root=ROOT, in_fp32=rotation == "fp32"))
+    common = [script, "--init", micro_model, *FAST, "--samples", "160", "--batch_size", "8",
+              "--ssl_batch_size", "4", "--rec_batch_size", "4", "--eval_every", "20", "--lr", "3e-4"]
     fields = ("loss", "loss_clip", "loss_rec", "loss_dino", "loss_mim", "loss_koleo")
     for n in (1, 2):
         run_script([*common, "--out", tmp_path / f"r{n}"], n_ranks=n)
     one, two = (torch.tensor(rows_of(tmp_path / f"r{n}", "train", *fields)) for n in (1, 2))
     assert len(one) == 20 and (one[0, 1] - one[-1, 1]).abs() > 0.5
-    if rotation == "fp32":                                                         # losses of 2 to 10, sums in another order: seen 2e-6
+    if rotation == "fp32":
+        # losses of 2 to 10, sums in another order: seen 2e-6
         torch.testing.assert_close(two, one, atol=2e-5, rtol=0)
     else:
-        torch.testing.assert_close(two[:2], one[:2], atol=2e-5, rtol=0)            # before differences have fed back
-        # Later bfloat16 turns differences in the last bit into jumps of 1/256 of a q or k here and there: 1e-4 of the losses at
-        # most steps, seen up to 2e-4. KoLeo is the log of a distance between features that are nearly equal at first.
+        # the same before differences have fed back
+        torch.testing.assert_close(two[:2], one[:2], atol=2e-5, rtol=0)
+        # Later bfloat16 turns differences in the last bit into jumps of 1/256 of a q or k here and
+        # there: 1e-4 of the losses at most steps, seen up to 2e-4. KoLeo is the log of a distance
+        # between features that are nearly equal at first.
         torch.testing.assert_close(two[:, :-1], one[:, :-1], atol=1e-4, rtol=4e-4)
         torch.testing.assert_close(two[:, -1], one[:, -1], atol=5e-3, rtol=0)
     measures = [evaluate.read_metrics(str(tmp_path / f"r{n}"))[-1] for n in (1, 2)]
+    # in dB, of weights that differ as the losses do
     assert measures[0]["psnr"] == pytest.approx(measures[1]["psnr"], abs=1e-2)
     assert measures[0]["flops"] == measures[1]["flops"]
 
 
+# ----- The command line -----------------------------------------------------------------------------------
+
 def test_initial_gains_are_those_asked_for(tmp_path):
     """Each gain is a factor on its own tensors, all others start as they would without."""
-    initial = lambda *gains: train.build_state(train.parse_args(["--out", str(tmp_path / "o"), *gains]), torch.device("cpu")).model.state_dict()
-    plain = initial("--io_gain", "1", "--block_gain", "1", "--token_gain", "1")
-    for name, value in initial("--io_gain", "2", "--block_gain", "4", "--token_gain", "8").items():
-        factor = 2 if name in ("trunk.patch_embed.proj.weight", "trunk.feature_bottleneck.weight", "pixel_decoder.proj_in.weight", "pixel_decoder.proj_out.weight") else 1
-        factor = 4 if name.startswith("trunk.blocks") and value.ndim == 2 else 8 if name == "token_embedding.weight" else factor
-        assert torch.equal(value, factor * plain[name]), name                      # powers of two: exact
+    ends = ("trunk.patch_embed.proj.weight", "trunk.feature_bottleneck.weight",
+            "pixel_decoder.proj_in.weight", "pixel_decoder.proj_out.weight")
+
+    def initial(io_gain, block_gain, token_gain):
+        settings = train.read_settings(["--out", str(tmp_path / "o"), "--io_gain", io_gain,
+                                        "--block_gain", block_gain, "--token_gain", token_gain])
+        return train.build_state(*settings, torch.device("cpu")).model.state_dict()
+    plain = initial("1", "1", "1")
+    for name, value in initial("2", "4", "8").items():
+        if name in ends:
+            factor = 2
+        elif name.startswith("trunk.blocks") and value.ndim == 2:
+            factor = 4
+        else:
+            factor = 8 if name == "token_embedding.weight" else 1
+        assert torch.equal(value, factor * plain[name]), name      # powers of two: exact
+
+
+def parse(out, *arguments):
+    """The arguments of a run as they are completed."""
+    args, _ = train.read_settings(["--out", str(out), *arguments])
+    return args
 
 
 def test_recipe_follows_the_model_and_what_is_given_wins(micro_model, tmp_path):
-    parse = lambda *a: train.parse_args(["--out", str(tmp_path / "o"), *a])
-    assert parse().prototypes == 1024 and parse("--model", "small", "--lpips", "none").prototypes == 65536
-    assert parse("--init", micro_model).lambda_rec == train.RECIPES["tiny"]["lambda_rec"]
-    VTP(preset("small", vision_depth=1, decoder_depth=1, text_depth=1)).save_pretrained(str(tmp_path / "s"))
-    args = parse("--init", str(tmp_path / "s"), "--lpips", "none")
-    assert (args.prototypes, args.lambda_rec, args.layer_decay) == (65536, 0.1, 0.9) and args.lr == pytest.approx(2e-4)
-    assert (args.ssl_batch_size, args.rec_batch_size) == (256, 128)                  # the paper's 8 : 2 : 1
-    ae = ["--lambda_clip", "0", "--lambda_ssl", "0"]
-    assert parse(*ae).rec_batch_size == parse().batch_size and parse(*ae, "--rec_batch_size", "6").rec_batch_size == 6
+    out = tmp_path / "o"
+    recipe = {"prototypes": 1024, "lambda_rec": 3.0, "layer_decay": 1.0, "lr": 5e-4}
+    assert recipe.items() <= vars(parse(out)).items()
+    assert recipe.items() <= vars(parse(out, "--init", micro_model)).items()
+    assert parse(out, "--init", micro_model, "--lambda_rec", "0.5").lambda_rec == 0.5
+    assert parse(out, "--model", "small", "--lpips", "none").prototypes == 65536
+    small = VTP(vtp_config("small", vision_depth=1, decoder_depth=1, text_depth=1))
+    small.save_pretrained(str(tmp_path / "s"))
+    args, config = train.read_settings(["--out", str(out), "--init", str(tmp_path / "s"), "--lpips", "none"])
+    assert (args.prototypes, args.lambda_rec, args.layer_decay) == (65536, 0.1, 0.9)
+    assert args.lr == pytest.approx(2e-4) and config == small.config
+    assert parse(out, "--model", "small", "--batch_size", "4096").lr == pytest.approx(4e-4)
     with pytest.raises(SystemExit):
-        parse("--init", micro_model, "--latent_dim", "32")
+        parse(out, "--init", micro_model, "--latent_dim", "32")
+
+
+def test_the_subsets_follow_the_batch_and_what_is_given_wins(micro_model, tmp_path, monkeypatch):
+    def sizes(*arguments):
+        args = parse(tmp_path / "o", *arguments)
+        return args.batch_size, args.ssl_batch_size, args.rec_batch_size
+    small = ["--model", "small", "--lpips", "none"]
+    assert sizes() == (64, 8, 64) and sizes("--batch_size", "32") == (32, 4, 32)
+    assert sizes(*small) == (1024, 256, 128)      # the paper's 8 : 2 : 1
+    assert sizes(*small, "--batch_size", "32") == (32, 8, 4)
+    assert sizes(*small, *AUTOENCODER)[2] == 1024      # nothing else is trained
+    assert sizes("--batch_size", "32", "--ssl_batch_size", "10", "--rec_batch_size", "6") == (32, 10, 6)
+    monkeypatch.setattr(train, "world_size", lambda: 3)
+    assert sizes(*small, "--batch_size", "33") == (33, 6, 3)      # pairs, in equal shares for the ranks
+
+
+def test_an_error_about_a_default_says_that_it_is_one(tmp_path, capsys):
+    for given, is_default in (([], True), (["--ssl_batch_size", "2"], False)):
+        with pytest.raises(SystemExit):
+            parse(tmp_path / "o", "--batch_size", "1", *given)      # SSL takes samples in pairs
+        error = capsys.readouterr().err.rpartition("error: ")[2]
+        assert error.startswith("--ssl_batch_size 2") and ("the default" in error) == is_default
 
 
 def test_init_names_what_is_new_and_what_is_left_out(micro_model, tmp_path, capsys):
-    ae = tmp_path / "ae"
-    setting(micro_model, tmp_path / "a", "--lambda_clip", "0", "--lambda_ssl", "0")[2].model.save_pretrained(str(ae))
+    folder = tmp_path / "ae"
+    _, _, autoencoder, _ = setting(micro_model, tmp_path / "a", *AUTOENCODER)
+    autoencoder.model.save_pretrained(str(folder))
     assert "left out" in capsys.readouterr().out
-    state = setting(str(ae), tmp_path / "b")[2]
+    _, _, state, _ = setting(str(folder), tmp_path / "b")
     printed = capsys.readouterr().out
     assert "new" in printed and "text_transformer" in printed and "visual_proj" in printed
-    saved = read_safetensors(str(ae / "model.safetensors"))
+    saved = read_safetensors(str(folder / "model.safetensors"))
     assert all(torch.equal(state.model.state_dict()[k], v) for k, v in saved.items())
 
 
 @pytest.mark.parametrize("arguments, words", [
-    (["--model", "huge"], "huge"), (["--data", "/nowhere/*.tar"], "/nowhere"), (["--val_data", "/nowhere"], "/nowhere"), (["--samples", "5"], "one batch"),
-    (["--ssl_batch_size", "3"], "multiple of 2"), (["--rec_batch_size", "9999"], "at most"), (["--lambda_rec", "0", "--lambda_ssl", "0", "--lambda_clip", "0"], "nothing to train"),
-    (["--lr", "-1"], "positive"), (["--warmup", "2"], "between"), (["--lpips", "/nowhere"], "lpips"), (["--init", "/nowhere/at/all"], "nowhere"),
-    (["--resume"], "checkpoint"), (["--classnames", "/nowhere"], "classnames"), (["--mask_ratio", "0.6", "0.2"], "mask_ratio"), (["--mask_ratio", "0.01", "0.02"], "mask_ratio"), (["--betas", "0.9", "1"], "betas"),
-    (["--canvas", "-1"], "canvas"), (["--max_skipped", "1"], "max_skipped"), (["--workers", "-1"], "workers"), (["--bpe", "/nowhere", "--model", "small"], "bpe")])
+    (["--model", "huge"], "huge"),
+    (["--data", "/nowhere/*.tar"], "/nowhere"),
+    (["--val_data", "/nowhere"], "/nowhere"),
+    (["--samples", "5"], "one batch"),
+    (["--ssl_batch_size", "3"], "multiple of 2"),
+    (["--rec_batch_size", "9999"], "at most"),
+    (["--lambda_rec", "0", "--lambda_ssl", "0", "--lambda_clip", "0"], "nothing to train"),
+    (["--lr", "-1"], "--lr: -1: must be positive"),
+    (["--lr", "nan"], "--lr: nan: must be positive"),
+    (["--lr", "fast"], "--lr: invalid float value"),
+    (["--warmup", "2"], "--warmup: 2: must be between 0 and 1"),
+    (["--teacher_temp", "0.04", "0"], "--teacher_temp: 0: must be positive"),
+    (["--model", "small", "--batch_size", "-4"], "--batch_size: -4: must be positive"),
+    (["--lpips", "/nowhere"], "lpips"),
+    (["--init", "/nowhere/at/all"], "nowhere"),
+    (["--resume"], "checkpoint"),
+    (["--classnames", "/nowhere"], "classnames"),
+    (["--canvas", "-1"], "--canvas: -1: must be positive"),
+    (["--image_size", "40"], "40"),
+    (["--max_skipped", "1"], "--max_skipped: 1: must be between 0 and 1"),
+    (["--workers", "-1"], "--workers: -1: must be positive or 0"),
+    (["--bpe", "/nowhere", "--model", "small"], "bpe")])
 def test_a_wrong_argument_is_an_error_before_any_work(tmp_path, capsys, arguments, words):
     out = tmp_path / "out"
     with pytest.raises(SystemExit) as stop:
-        train.parse_args(["--out", str(out), *arguments])
+        train.read_settings(["--out", str(out), *arguments])
     assert stop.value.code == 2 and words in capsys.readouterr().err and not out.exists()
+
+
+def test_resume_needs_the_checkpoint_and_the_arguments_of_a_run(tmp_path, capsys):
+    (tmp_path / "checkpoint.pt").write_bytes(b"")
+    with pytest.raises(SystemExit) as stop:
+        parse(tmp_path, "--resume")
+    assert stop.value.code == 2 and "run.json" in capsys.readouterr().err
 
 
 def test_help_teaches(capsys):
     with pytest.raises(SystemExit):
-        train.parse_args(["--help"])
+        train.read_settings(["--help"])
     text = capsys.readouterr().out
     assert "torchrun --nproc_per_node=8" in text and "DINOv2" in text and "OpenCLIP" in text
     for action in train.make_parser()._actions:
-        assert action.help and (action.option_strings[-1] in text)
+        assert action.help and action.option_strings[-1] in text
 
 
 def test_a_checkpoint_is_replaced_whole_or_not_at_all(micro_model, tmp_path, monkeypatch):
     _, _, state, _ = setting(micro_model, tmp_path / "o")
     path = str(tmp_path / "c.pt")
-    train.save_checkpoint(path, state, 1, {"batches": 1, "states": {}})
+    place = dict(batches=1, readers={0: dict(visit=0, skipped={"no image": 1})})
+    train.save_checkpoint(path, state, 1, 1e9, place)
+    assert train.load_checkpoint(path, state, torch.device("cpu")) == (1, 1e9, place)
     before = open(path, "rb").read()
 
     def full_disk(content, f):
@@ -293,43 +619,39 @@ def test_a_checkpoint_is_replaced_whole_or_not_at_all(micro_model, tmp_path, mon
         raise OSError("no space left")
     monkeypatch.setattr(torch, "save", full_disk)
     with pytest.raises(OSError):
-        train.save_checkpoint(path, state, 2, {"batches": 2, "states": {}})
+        train.save_checkpoint(path, state, 2, 1e9, place)
     assert open(path, "rb").read() == before and os.listdir(tmp_path) == ["c.pt"]
 
 
-# --- CUDA: written to share all logic with the above; not yet run on a GPU (README says so) ---
+# ----- CUDA -----------------------------------------------------------------------------------------------
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("compiled", [False, True])
 def test_captured_steps_equal_eager_ones(micro_model, tmp_path, compiled):
-    device, losses = torch.device("cuda"), []
+    losses = []
     for capture in (False, True):
-        args = train.parse_args(["--init", micro_model, "--out", str(tmp_path / "o"), *FAST, "--compile" if compiled else "--no-compile"])
-        config, state = train.model_config(args), train.build_state(args, device)
-        source = data.BuiltinSource(args.batch_size, config.image_size)
-        images, tokens = torch.tensor(source.images, device=device), data.byte_tokenizer(source.captions, config.text_context_length).to(device)
-        step = train.CapturedStep(lambda views: train.train_step(state, views), capture)
+        more = ["--compile" if compiled else "--no-compile"]
+        _, _, state, views = setting(micro_model, tmp_path / "o", *more, device="cuda")
+        step = train.CapturedStep(lambda v: train.train_step(state, v), capture)
         curve = []
         for i in range(train.CapturedStep.WARM_UP + 10):
             train.set_schedules(state, i, 40)
-            step(train.make_views(args, config, i, images, tokens))
+            step(views(i))
             curve.append(state.totals["loss"].item())
         losses.append(torch.tensor(curve).diff())
-    torch.testing.assert_close(losses[0], losses[1], atol=2e-3, rtol=2e-3)     # fp32 kernels may be chosen anew in a graph
+    # fp32 kernels may be chosen anew in a graph
+    torch.testing.assert_close(losses[0], losses[1], atol=2e-3, rtol=2e-3)
 
 
 @pytest.mark.gpu
 def test_a_step_does_not_wait_for_the_device(micro_model, tmp_path):
-    args = train.parse_args(["--init", micro_model, "--out", str(tmp_path / "o"), *FAST, "--no-compile"])
-    device = torch.device("cuda")
-    config, state = train.model_config(args), train.build_state(args, device)
-    source = data.BuiltinSource(args.batch_size, config.image_size)
-    images, tokens = torch.tensor(source.images, device=device), data.byte_tokenizer(source.captions, config.text_context_length).to(device)
+    _, _, state, views = setting(micro_model, tmp_path / "o", "--no-compile", device="cuda")
     for i in range(3):
-        torch.cuda.set_sync_debug_mode("error" if i else "default")      # the first step may allocate and tune
+        # the first step may allocate and tune
+        torch.cuda.set_sync_debug_mode("error" if i else "default")
         try:
-            views = train.make_views(args, config, i, images, tokens)
+            batch = views(i)
             train.set_schedules(state, i, 10)
-            train.train_step(state, views)
+            train.train_step(state, batch)
         finally:
             torch.cuda.set_sync_debug_mode("default")
