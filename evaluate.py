@@ -425,19 +425,20 @@ def train_probes(features, labels, n_classes, rates, n_steps, seed=0):
     n, (mean, std) = len(features), moments(features)
     batch_size = min(1024, max(n // 16, 32))
     generator = step_generator(seed, 0, features.device)
-    rates = torch.tensor(rates, device=features.device).view(-1, 1, 1) * batch_size / 256
-    weight, bias = (features.new_zeros(len(rates), d, n_classes) for d in (features.shape[1], 1))
+    rates = torch.tensor(rates, device=features.device)[:, None] * batch_size / 256       # (G, 1)
+    weight, bias = (features.new_zeros(d, len(rates), n_classes) for d in (features.shape[1], 1))
     velocities = [torch.zeros_like(weight), torch.zeros_like(bias)]
     for step in range(n_steps):
         rows = torch.randint(n, (batch_size,), generator=generator, device=features.device)
         x = (features[rows] - mean) / std                                                 # (b, D)
-        error = (x @ weight + bias).softmax(dim=-1) - F.one_hot(labels[rows], n_classes)  # (G, b, C)
-        gradients = x.T @ error / batch_size, error.mean(dim=1, keepdim=True)
+        logits = (x @ weight.flatten(1)).unflatten(1, weight.shape[1:]) + bias            # (b, G, C)
+        error = logits.softmax(dim=-1) - F.one_hot(labels[rows], n_classes)[:, None]
+        gradients = (x.T @ error.flatten(1)).view_as(weight) / batch_size, error.mean(dim=0, keepdim=True)
         decay = 0.5 * (1 + math.cos(math.pi * step / n_steps))
         for parameter, velocity, gradient in zip((weight, bias), velocities, gradients):
             velocity.mul_(0.9).add_(gradient)
             parameter.sub_(rates * decay * velocity)
-    return weight, bias
+    return weight.transpose(0, 1), bias.transpose(0, 1)
 
 
 def moments(features):

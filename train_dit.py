@@ -43,8 +43,8 @@ from losses import (barrier, first_on_node, gather_objects, init_distributed, le
                     world_size)
 from train_tokenizer import (CapturedStep, Log, Settings, add_to_totals, check_paths, compile_blocks, count,
                              count_flops, finite_on_all_ranks, keep_freed_memory, load_checkpoint,
-                             not_negative, part, positive, save_checkpoint, share, warmed_up_cosine, whole,
-                             wrap_in_ddp)
+                             not_negative, part, positive, save_checkpoint, share, wants_compile,
+                             warmed_up_cosine, whole, wrap_in_ddp)
 from vtp import VTP, find_checkpoint, normalize, read_config, write_atomically
 
 # ----- Settings -------------------------------------------------------------------------------------------
@@ -379,7 +379,7 @@ def build_state(args, cache, device):
     sizes = dict(**DIT_SIZES[args.model], input_size=h, in_channels=d, num_classes=cache.num_classes)
     model, ema = DiT(**sizes).to(device), DiT(**sizes).to(device).requires_grad_(False)
     ema.load_state_dict(model.state_dict())
-    if device.type == "cuda" if args.compile is None else args.compile:
+    if wants_compile(args, device):
         compile_blocks((*model.blocks, *ema.blocks))
     group = dict(params=[p for p in model.parameters() if p.requires_grad], lr=torch.zeros((), device=device))
     optimizer = torch.optim.AdamW([group], betas=BETAS, weight_decay=0.0, fused=True,
@@ -441,7 +441,8 @@ def train(args, device):
             batch = make_batch(args, step, latents, labels, mean, std, cache.num_classes)
         lr = set_lr(state, step, n_steps)
         if not log.flops_per_step:
-            log.flops_per_step = count_flops(lambda: state.objective(batch).backward())
+            is_compiled = wants_compile(args, device)
+            log.flops_per_step = count_flops(lambda: state.objective(batch).backward(), is_compiled)
         run_step(batch)
         step += 1
         log.bar.update(args.batch_size)

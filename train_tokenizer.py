@@ -27,6 +27,7 @@ import platform
 import subprocess
 import sys
 import time
+import timeit
 from dataclasses import dataclass, replace
 
 import torch
@@ -34,7 +35,6 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from tqdm import tqdm
 
@@ -341,7 +341,7 @@ def build_state(args, config, device):
         teacher = copy.deepcopy(student).requires_grad_(False)
     if args.lambda_rec > 0 and args.lpips != "none":
         lpips = first_on_node(lambda: LPIPS(args.lpips)).to(device)
-    if device.type == "cuda" if args.compile is None else args.compile:
+    if wants_compile(args, device):
         stacks = [model.trunk.blocks, teacher["trunk"].blocks if teacher is not None else []]
         stacks += [model.pixel_decoder.blocks] if config.train_reconstruction else []
         stacks += [model.text_transformer.resblocks] if config.train_clip else []
@@ -514,7 +514,8 @@ def main(argv=None):
             views = make_views(args, config, step, images, tokens)
         scheduled = set_schedules(state, step, n_steps)
         if not log.flops_per_step:
-            log.flops_per_step = count_flops(lambda: forward_backward(state, views))
+            is_compiled = wants_compile(args, device)
+            log.flops_per_step = count_flops(lambda: forward_backward(state, views), is_compiled)
         run_step(views)
         step += 1
         log.bar.update(args.batch_size)
@@ -673,6 +674,10 @@ def warmed_up_cosine(peak, end, warmup, step, n_steps):
     return cosine(peak, end, (step / n_steps - warmup) / (1 - warmup + 1e-12))
 
 
+def wants_compile(args, device):
+    return device.type == "cuda" if args.compile is None else args.compile
+
+
 def compile_blocks(blocks):
     """torch.compile each transformer block in place: small graphs, compiled once for each shape."""
     torch._dynamo.config.recompile_limit = 64       # blocks share a cache, and passes differ in shape
@@ -729,7 +734,7 @@ class CapturedStep:
         self.graph.replay()
 
 
-def count_flops(compute):
+def count_flops(compute, is_compiled=False):
     """FLOPs of compute(), backward included, over all ranks: of matrix products, convolutions, attention.
     Compiled blocks run eagerly meanwhile, or the counter would not see into them. It knows every fused
     attention but the CPU's, whose formula is that of the others."""
@@ -737,7 +742,7 @@ def count_flops(compute):
         return sdpa_flop_count(query_shape, key_shape, value_shape)
     on_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     counter = FlopCounterMode(display=False, custom_mapping={on_cpu: fused_attention})
-    with torch.compiler.set_stance("force_eager"), counter:
+    with torch.compiler.set_stance("force_eager") if is_compiled else contextlib.nullcontext(), counter:
         compute()
     return counter.get_total_flops() * world_size()
 
@@ -806,8 +811,12 @@ def matmul_rate(device):
     """FLOP/s of a bf16 matrix product, measured here and now: what a step's rate is compared with."""
     n = 2048 if device.type == "cpu" else 8192
     a = torch.randn(n, n, device=device, dtype=torch.bfloat16)
-    timer = Timer("a @ a", globals=dict(a=a), num_threads=torch.get_num_threads())
-    return 2 * n ** 3 / min(timer.timeit(1).mean for _ in range(5))
+
+    def multiply():
+        a @ a
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+    return 2 * n ** 3 / min(timeit.repeat(multiply, repeat=5, number=1))
 
 
 class Log:
