@@ -282,10 +282,10 @@ class SampleStream(torch.utils.data.IterableDataset):
     blocks that were being given out come once more.
     place, as advance keeps it, is where to go on:
         batches   how many are done
-        parts     of each shard: in a new run at least as many as readers
+        parts     of each shard; in a new run there are at least as many in all as readers
         readers   {reader: state}. Of tars: `given` samples are done of a block from `sample` of `visit` on
-        next      when readers were last dealt out, visits before this were done, but for those in
-        open      {visit: samples done}
+        next      when readers were last dealt out, every visit below this was done, but for those in
+        open      {visit: number in the shard of the first sample to come}
         skipped   {reason: samples} before that; each reader's state has its own since"""
     def __init__(self, source, batch_size, tokenize, context_length, seed, n_workers, place=None,
                  max_skipped=0.1):
@@ -509,33 +509,46 @@ def to_grey(x):
     return (x * constant((0.2989, 0.587, 0.114), x.device).view(3, 1, 1)).sum(dim=1, keepdim=True)
 
 
-def adjust_hue(x, shift):
-    """Rotate the hue of RGB (B, 3, H, W) in [0, 1] by shift (B, 1, 1, 1), in turns, through HSV."""
+def away_from(x, reference, change):
+    return (reference + (1 + change) * (x - reference)).clamp(0, 1)
+
+
+def adjust_brightness(x, change):
+    """x (B, 3, H, W) in [0, 1] by a change (B, 1, 1, 1), which is 0 for none; so the others."""
+    return away_from(x, 0.0, change)
+
+
+def adjust_contrast(x, change):
+    return away_from(x, to_grey(x).mean(dim=(2, 3), keepdim=True), change)
+
+
+def adjust_saturation(x, change):
+    return away_from(x, to_grey(x), change)
+
+
+def adjust_hue(x, change):
+    """Turn the hue, through HSV; a change of 1 is a whole turn."""
     (r, g, b), value = x.unbind(1), x.amax(dim=1)
     chroma = value - x.amin(dim=1)
     safe = torch.where(chroma > 0, chroma, 1.0)
     below_red = torch.where(value == g, 2 + (b - r) / safe, 4 + (r - g) / safe)
-    hue = torch.where(value == r, (g - b) / safe, below_red) + 6 * shift[:, 0]  # in sixths of a turn
+    hue = torch.where(value == r, (g - b) / safe, below_red) + 6 * change[:, 0]  # in sixths of a turn
     k = (constant((5.0, 3.0, 1.0), x.device).view(3, 1, 1) + hue[:, None]) % 6
     return value[:, None] - chroma[:, None] * torch.minimum(k, 4 - k).clamp(0, 1)
 
 
+ADJUSTMENTS = (adjust_brightness, adjust_contrast, adjust_saturation, adjust_hue)
+
+
 def colour_jitter(x, uniform, order):
     """DINOv2's colour jitter, with probability 0.8, then greyscale, with 0.2, of x (n, 3, H, W) in [0, 1].
-    uniform (6, n): each image's own draws. order: a permutation of the four adjustments, one for all images;
-    torchvision draws one for each, but orders differ little (by clipping, and by where the hue is turned)."""
+    uniform (6, n): each image's own draws. order: of ADJUSTMENTS, one for all, where torchvision draws one
+    for each. Orders differ little, by clipping and where the hue is turned, and each step draws anew."""
     strengths = constant((0.4, 0.4, 0.2, 0.1), x.device)[:, None]
     is_jittered, is_grey = uniform[0] < 0.8, uniform[1] < 0.2
     changes = torch.where(is_jittered, strengths * (2 * uniform[2:6] - 1), 0.0).view(4, -1, 1, 1, 1)
     for kind in order:
-        factor = 1 + changes[kind]
-        if kind == 0:  # brightness
-            x = (x * factor).clamp(0, 1)
-        elif kind == 3:
-            x = adjust_hue(x, changes[3])
-        else:  # contrast with the mean, or saturation
-            grey = to_grey(x).mean(dim=(2, 3), keepdim=True) if kind == 1 else to_grey(x)
-            x = (grey + factor * (x - grey)).clamp(0, 1)
+        x = ADJUSTMENTS[kind](x, changes[kind])
     return torch.where(is_grey.view(-1, 1, 1, 1), to_grey(x), x)
 
 

@@ -139,9 +139,10 @@ def precision_recall(real_features, fake_features, k=3, n_rows=512):
         return squared.masked_fill_(squared < 1e-13 * norms, 0)
 
     def share_inside(points, centres):
-        radii = [distances(rows, centres).kthvalue(k + 1, dim=1).values  # each is the nearest to itself
-                 for rows in centres.split(n_rows)]
-        inside = [(distances(rows, centres) <= torch.cat(radii)).any(dim=1) for rows in points.split(n_rows)]
+        # the nearest is the point itself
+        radii = [distances(rows, centres).kthvalue(k + 1, dim=1).values for rows in centres.split(n_rows)]
+        radii = torch.cat(radii)
+        inside = [(distances(rows, centres) <= radii).any(dim=1) for rows in points.split(n_rows)]
         return torch.cat(inside).double().mean().item()
     return share_inside(fake, real), share_inside(real, fake)
 
@@ -152,10 +153,14 @@ def retrieval(image_features, text_features, captions):
     """
     numbers = {caption: i for i, caption in enumerate(captions)}
     ids = torch.tensor([numbers[caption] for caption in captions], device=image_features.device)
-    similarity = image_features.float() @ text_features.float().T  # (n, n)
-    return dict(image_to_text=(ids[similarity.argmax(dim=1)] == ids).float().mean().item(),
-                text_to_image=(ids[similarity.argmax(dim=0)] == ids).float().mean().item(),
-                retrieval_chance=(ids[:, None] == ids).float().mean().item())
+
+    def hits(queries, others):
+        best = torch.cat([(rows @ others.T).argmax(dim=1) for rows in queries.split(1024)])
+        return (ids[best] == ids).float().mean().item()
+    image_features, text_features = image_features.float(), text_features.float()
+    return dict(image_to_text=hits(image_features, text_features),
+                text_to_image=hits(text_features, image_features),
+                retrieval_chance=(ids.bincount().double() / len(ids)).square().sum().item())
 
 
 def balanced_accuracy(predictions, labels):
@@ -549,6 +554,7 @@ def open_judge(path, source, n_classes, device, seed=0, most=16384):
         images = [(to_image_size(part, Judge.SIDE) * 255).round().byte() for part in canvases.split(256)]
         judge = train_judge(torch.cat(images), labels, n_classes, device, seed)
         content = dict(judge=judge.state_dict(), accuracy=judge.accuracy, fingerprint=fingerprint)
+        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
         write_atomically(path, lambda f: torch.save(content, f))
     barrier()
     content, judge = torch.load(path, map_location=device, weights_only=True), Judge(n_classes)
@@ -561,7 +567,7 @@ def open_judge(path, source, n_classes, device, seed=0, most=16384):
 
 def collect(numbers, compute, batch_size=128, name=None):
     """What compute makes of batches of numbers, {name: tensor (b, ...)}, over all ranks, ordered by number.
-    numbers: this rank's (of a set that is shared out, its places in its share). name: of a progress bar."""
+    numbers: of this rank's items, in the whole set or in its share. name: of a progress bar."""
     def concatenate(parts):
         return {key: torch.cat([part[key].cpu() for part in parts]) for key in (parts[0] if parts else ())}
     batches = [numbers[k:k + batch_size] for k in range(0, len(numbers), batch_size)]
@@ -1037,6 +1043,8 @@ def complete(args):
     for name, run, file in [("dit", args.dit, "checkpoint.pt"), *plots]:
         if run is not None and not os.path.isfile(os.path.join(run, file)):
             raise FileNotFoundError(f"--{name} {run}: no {file} there, so it is no such run")
+    if args.samples and args.fid_features == "none":
+        raise ValueError("--samples needs features to be compared in: --fid_features inception or judge")
     if args.samples and args.reference:
         if args.fid_features not in (None, "inception"):
             raise ValueError("--samples with --reference takes Inception features; for the judge's, "
@@ -1129,7 +1137,7 @@ def measure_runs(args, device):
     val_source = data.open_source(args.val_data, size, "val", **common, folders=folders)
     held_out = load_evaluation_set(val_source, args.n_val)
     if model.config.train_clip:
-        subject.tokenize = data.make_tokenizer(model.config.text_vocab_size, args.bpe)
+        subject.tokenize = first_on_node(lambda: data.make_tokenizer(model.config.text_vocab_size, args.bpe))
     if args.templates:
         with open(args.templates, encoding="utf-8") as f:
             subject.templates = [line.strip() for line in f if line.strip()]
@@ -1212,10 +1220,10 @@ def table(row):
     lines = []
     for heading, names in TABLE.items():
         there = [name for name in names if row.get(name) is not None]
-        lines += [heading] * bool(there)
+        lines += [heading] if there else []
         for name in there:
-            of = f" ({row.get('fid_features')})" * (name in DISTANCES)
-            lines.append(f"  {name + of:<32}{row[name]:>10.4g}")
+            label = f"{name} ({row.get('fid_features')})" if name in DISTANCES else name
+            lines.append(f"  {label:<32}{row[name]:>10.4g}")
     return "\n".join(lines)
 
 

@@ -85,7 +85,7 @@ def make_parser():
     section("sampling (also of the pictures while training)")
     option("--sample", None, "images to generate from --checkpoint into --out, instead of training", count)
     option("--checkpoint", "runs/dit", "a run, or a LightningDiT file, with --tokenizer and --latents_stats")
-    option("--steps", 250, "points of the time grid: one step less (paper)", count, tiny=20)
+    option("--steps", 250, "points of the time grid, one more than steps (paper)", count, tiny=20)
     option("--method", "euler", "of integration; adams: for few steps", tiny="adams", choices=METHODS)
     option("--shift", 0.075, "time shift t -> s t / (1 + (s - 1) t) (paper: with XL)", positive, tiny=1.0)
     option("--guidance", 1.0, "classifier-free guidance; 1: none", not_negative, tiny=4.0)
@@ -153,6 +153,8 @@ def follow_run(args):
         raise FileNotFoundError(f"--checkpoint {args.checkpoint}: neither a file nor a run that holds "
                                 "checkpoint.pt. First: python train_dit.py")
     recorded = evaluate.recorded_arguments(args.checkpoint)
+    if not recorded:
+        raise FileNotFoundError(f"--checkpoint {args.checkpoint} has no run.json: give checkpoint.pt itself")
     args.tokenizer = recorded["tokenizer"]
     for name in SAMPLING:
         setattr(args, name, recorded[name] if getattr(args, name) is None else getattr(args, name))
@@ -422,7 +424,8 @@ def train(args, device):
                               needs_caption=False)
     cache = open_cache(args, tokenizer, source, device)
     stats = evaluate.read_latent_stats(args.latents_stats) if args.latents_stats else (cache.mean, cache.std)
-    mean, std = stats = tuple(x.to(device) for x in stats)
+    stats = tuple(x.to(device) for x in stats)
+    mean, std = stats
     state = build_state(args, cache, device)
     n_steps, checkpoint = args.samples // args.batch_size, os.path.join(args.out, "checkpoint.pt")
     step, flops_per_step, _ = load_checkpoint(checkpoint, state, device) if args.resume else (0, 0, None)

@@ -83,10 +83,10 @@ def make_parser():
     option("--latent_dim", None, "channels d of the latents; default: 64 (paper; 256 in one ablation)", count)
     option("--init", None, "start from a run, a folder or a hub id, whose config then gives the model")
     # A small model starts too quiet for a run of minutes. An initial std of 0.02 is a gain of 0.64 a layer at
-    # width 1024 but of 0.32 at 256: 86 % of the variance of tiny's pooled features was the background's
-    # colour, and details stayed unlearned. CLIP's initial tokens are only twice as large as positions: a text
-    # in bytes is then where its letters are more than which they are. In the first run a probe reads
-    # the class from the latents at 22 % with block_gain 1, at 28 % with token_gain 1, and else at 31 %.
+    # width 1024 but of 0.32 at 256: details stayed unlearned, and 86 % of the variance of tiny's features was
+    # the background's colour. CLIP's initial tokens are only twice as large as positions: a text in bytes is
+    # then where its letters are more than which. Measured at 61b69d1, a probe read the class from the latents
+    # at 31 %, at 22 % with block_gain 1, at 28 % with token_gain 1.
     option("--io_gain", 1.0, "of patch embedding, bottleneck and the decoder's ends", positive, tiny=3.0)
     option("--block_gain", 1.0, "of the encoder's initial matrices", positive, tiny=2.0)
     option("--token_gain", 1.0, "of the initial text tokens", positive, tiny=10.0)
@@ -97,7 +97,7 @@ def make_parser():
     option("--lambda_clip", 1.0, "weight of the image-text loss; 0 builds no text tower", not_negative)
     option("--lpips", "auto", "auto fetches its files, a folder holds them, none is L1 alone", tiny="none")
     option("--prototypes", 65536, "K, outputs of the SSL head (DINOv2)", count, tiny=1024)
-    option("--n_local", 8, "local crops a sample, 3/8 of the image's side (DINOv2)", count, tiny=4)
+    option("--n_local", 8, "local crops a sample, 3/8 of the side in whole patches (DINOv2)", count, tiny=4)
 
     section("length and batch")
     option("--samples", 100_000_000, "image-text pairs seen in all", count, tiny=30_720)
@@ -210,7 +210,7 @@ def make_views(args, config, step, images, tokens):
         crops = data.ssl_views(images[:b_ssl], generator, B, config.image_size, local_size, n_local)
         views["global_crops"], views["local_crops"] = crops
         masks = views["masks"] = data.draw_masks(generator, B, (grid, grid), MASK_RATIO)             # (2b, N)
-        # The places of the masked patches among all 2b N, as nonzero would find them, but of a known number.
+        # where the masked patches are among all 2b N, as nonzero would say; draw_masks fixes their number
         n_masked = b_ssl * round(sum(MASK_RATIO) * grid * grid) // 2
         views["mask_indices"] = masks.flatten().int().argsort(descending=True, stable=True)[:n_masked]
         views["keep_global"] = draw_keep(generator, depth, 2, B, 2 * b_ssl, drop_path)
@@ -272,7 +272,7 @@ class Objectives(nn.Module):
                                                   torch.cat((cls, local_cls)), patches, views["mask_indices"])
         b = len(cls) // 2
         global_logits, local_logits = cls_logits.float().split((2 * b, n_local * b))
-        # each student view against each teacher view of another crop: 2 and, of local ones, 2 n_local pairs
+        # a student's global crop against the teacher's other one (2 pairs), a local one against both
         crossed = cls_targets.view(2, b, -1).flip(0)
         global_loss = dino_loss(global_logits.view(2, b, -1), crossed)
         local_loss = dino_loss(local_logits.view(n_local, b, -1), crossed.mean(dim=0))
@@ -307,7 +307,7 @@ class State:
     """What training changes. Schedules are 0-d tensors, since a captured step cannot read Python floats."""
     model: VTP
     head: SSLHead | None
-    student: nn.ModuleDict | None    # of the model and the head, what has a teacher
+    student: nn.ModuleDict | None    # the parts of model and head that have a teacher
     teacher: nn.ModuleDict | None
     objectives: nn.Module            # the student's forward, in DDP where there are ranks
     optimizer: torch.optim.Optimizer
@@ -639,7 +639,7 @@ class Settings(argparse.ArgumentParser):
 
     def said(self, name, args):
         """An option and its value for a message, and that it is a default where the user did not give it."""
-        return f"--{name} {getattr(args, name)}{' (the default here)' * (self.given[name] is None)}"
+        return f"--{name} {getattr(args, name)}" + (" (the default here)" if self.given[name] is None else "")
 
     @contextlib.contextmanager
     def errors(self):
@@ -842,7 +842,7 @@ class Log:
             "class by the judge: samples {sample_accuracy:.1%}, real images {real_accuracy:.1%}")
 
     def __init__(self, args, model, what, step, n_steps, flops_per_step):
-        """what: is learned from. A resumed run drops the rows of steps that it will do again."""
+        """what: the data, in words. A resumed run drops the rows of steps that it will do again."""
         self.args, self.flops_per_step = args, flops_per_step
         self.path, device = os.path.join(args.out, "metrics.jsonl"), next(model.parameters()).device
         self.peak = matmul_rate(device) * world_size()
@@ -854,7 +854,8 @@ class Log:
             kept = "".join(json.dumps(row) + "\n" for row in rows if row["step"] <= step)
             write_atomically(self.path, lambda f: f.write(kept.encode()))
             n_parameters = sum(p.numel() for p in model.parameters())
-            print(f"{args.model}: {n_parameters / 1e6:.1f}M parameters, {n_steps} steps on {what}; "
+            name = getattr(args, "init", None) or args.model
+            print(f"{name}: {n_parameters / 1e6:.1f}M parameters, {n_steps} steps on {what}; "
                   f"{world_size()} x {device.type}, matmul {self.peak / 1e9:.0f} GFLOP/s", flush=True)
         self.bar = tqdm(total=n_steps * args.batch_size, initial=step * args.batch_size, unit=" samples",
                         disable=rank() != 0, smoothing=0.05, dynamic_ncols=True)
@@ -901,7 +902,8 @@ class Log:
                "flops": step * self.flops_per_step, **fields}
         with open(self.path, "a", encoding="utf-8") as f:
             f.write(json.dumps(row) + "\n")
-        texts, shown = [f"step {step:>6}"], {name: value for name, value in row.items() if value}
+        texts = [f"step {step:>6}"]
+        shown = {name: x for name, x in row.items() if x or not name.startswith("skipped")}
         for text in self.LINE:
             with contextlib.suppress(KeyError):                 # a row has only some of the fields
                 texts.append(text.format(**shown))

@@ -27,7 +27,7 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 @functools.cache
 def constant(values, device):
-    """Numbers as an fp32 tensor, copied to the device once: a copy per step would wait for it."""
+    """Numbers as an fp32 tensor, copied to the device once: a copy in each step would make the host wait."""
     with torch.inference_mode(False):  # or training could not use it later
         return torch.tensor(values, dtype=torch.float32, device=device)
 
@@ -120,7 +120,7 @@ class VTPConfig:
         return cls(**values)
 
 
-# The hub library's fields of config.json. The authors' loader reads the first four.
+# The hub library's own fields of config.json: those that the authors' loader reads, and all, to be ignored.
 HUB_FIELDS_WRITTEN = dict(architectures=["VTPModel"], dtype="float32", model_type="vtp",
                           transformers_version="5.23.0")
 HUB_FIELDS = {*HUB_FIELDS_WRITTEN, "torch_dtype", "auto_map", "id2label", "label2id", "output_attentions",
@@ -602,7 +602,7 @@ def find_checkpoint(where):
         if os.path.isfile(os.path.join(folder, "config.json")):
             return folder
     if os.path.isdir(where) or where.count("/") != 1 or where.startswith((".", "/", "~")):
-        raise FileNotFoundError(f"no config.json in {where} or its tokenizer/ (a finished run); no hub id")
+        raise FileNotFoundError(f"no config.json in {where} or its tokenizer/, and it is not a hub id")
     endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
     folder = os.path.join(torch.hub.get_dir(), "checkpoints", where.replace("/", "--"))
     read_json = lambda file: json.loads(Path(file).read_bytes())
