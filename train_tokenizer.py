@@ -497,6 +497,9 @@ def main(argv=None):
     workers = data.default_workers(args.data) if args.workers is None else args.workers
     stream = data.SampleStream(source, args.batch_size, tokenize, config.text_context_length, args.seed,
                                workers, place, args.max_skipped)
+    n_before, n_readers = len(place["readers"]) if args.resume else 0, len(stream.place["readers"])
+    if n_before not in (0, n_readers) and isinstance(source, data.TarSource) and rank() == 0:
+        print(f"{n_readers} readers of tars instead of {n_before}: what lay in shuffle buffers comes again")
     batches, place = iter(data.make_loader(stream, pin_memory=device.type == "cuda")), stream.place
     run_step = CapturedStep(lambda views: train_step(state, views), device.type == "cuda" and args.cuda_graph)
     eval_every = args.eval_every or math.ceil(n_steps / 5)
