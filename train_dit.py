@@ -43,8 +43,8 @@ from losses import (barrier, first_on_node, gather_objects, init_distributed, le
                     world_size)
 from train_tokenizer import (CapturedStep, Log, Settings, add_to_totals, check_paths, compile_blocks, count,
                              count_flops, finite_on_all_ranks, keep_freed_memory, load_checkpoint,
-                             not_negative, part, positive, save_checkpoint, share, wants_compile,
-                             warmed_up_cosine, whole, wrap_in_ddp)
+                             not_negative, part, positive, save_checkpoint, share, warmed_up_cosine, whole,
+                             wrap_in_ddp)
 from vtp import VTP, find_checkpoint, normalize, read_config, write_atomically
 
 # ----- Settings -------------------------------------------------------------------------------------------
@@ -381,8 +381,8 @@ def build_state(args, cache, device):
     sizes = dict(**DIT_SIZES[args.model], input_size=h, in_channels=d, num_classes=cache.num_classes)
     model, ema = DiT(**sizes).to(device), DiT(**sizes).to(device).requires_grad_(False)
     ema.load_state_dict(model.state_dict())
-    if wants_compile(args, device):
-        compile_blocks((*model.blocks, *ema.blocks))
+    if device.type == "cuda" if args.compile is None else args.compile:
+        compile_blocks(model, ema)
     group = dict(params=[p for p in model.parameters() if p.requires_grad], lr=torch.zeros((), device=device))
     optimizer = torch.optim.AdamW([group], betas=BETAS, weight_decay=0.0, fused=True,
                                   capturable=device.type == "cuda")
@@ -444,8 +444,7 @@ def train(args, device):
             batch = make_batch(args, step, latents, labels, mean, std, cache.num_classes)
         lr = set_lr(state, step, n_steps)
         if not log.flops_per_step:
-            is_compiled = wants_compile(args, device)
-            log.flops_per_step = count_flops(lambda: state.objective(batch).backward(), is_compiled)
+            log.flops_per_step = count_flops(lambda: state.objective(batch).backward())
         run_step(batch)
         step += 1
         log.bar.update(args.batch_size)
@@ -464,8 +463,7 @@ def train(args, device):
     if args.eval_samples and not any(row["kind"] == "eval" for row in evaluate.read_metrics(args.out)):
         log.write("eval", step, judge_samples(state, tokenizer, stats, source, cache, device))
     if rank() == 0:
-        print(f"done: {args.out}/samples_{n_steps:07d}.png, {checkpoint} ('ema' loads in LightningDiT), "
-              f"{args.out}/metrics.jsonl")
+        print(f"done: samples_{n_steps:07d}.png, checkpoint.pt ('ema' loads in LightningDiT) in {args.out}")
 
 
 def judge_samples(state, tokenizer, stats, source, cache, device):

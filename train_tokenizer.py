@@ -24,6 +24,7 @@ import json
 import math
 import os
 import platform
+import re
 import subprocess
 import sys
 import time
@@ -341,11 +342,8 @@ def build_state(args, config, device):
         teacher = copy.deepcopy(student).requires_grad_(False)
     if args.lambda_rec > 0 and args.lpips != "none":
         lpips = first_on_node(lambda: LPIPS(args.lpips)).to(device)
-    if wants_compile(args, device):
-        stacks = [model.trunk.blocks, teacher["trunk"].blocks if teacher is not None else []]
-        stacks += [model.pixel_decoder.blocks] if config.train_reconstruction else []
-        stacks += [model.text_transformer.resblocks] if config.train_clip else []
-        compile_blocks(block for stack in stacks for block in stack)
+    if device.type == "cuda" if args.compile is None else args.compile:
+        compile_blocks(model, teacher)
     scheduled = ("weight_decay", "teacher_momentum", "teacher_temp")
     scheduled = {name: torch.zeros((), device=device) for name in scheduled}
     objectives = wrap_in_ddp(Objectives(model, head, lpips, args), device)
@@ -517,8 +515,7 @@ def main(argv=None):
             views = make_views(args, config, step, images, tokens)
         scheduled = set_schedules(state, step, n_steps)
         if not log.flops_per_step:
-            is_compiled = wants_compile(args, device)
-            log.flops_per_step = count_flops(lambda: forward_backward(state, views), is_compiled)
+            log.flops_per_step = count_flops(lambda: forward_backward(state, views))
         run_step(views)
         step += 1
         log.bar.update(args.batch_size)
@@ -535,8 +532,7 @@ def main(argv=None):
     if rank() == 0:
         state.model.save_pretrained(os.path.join(args.out, "tokenizer"))
         evaluate.save_image(evaluate.training_curves(args.out), os.path.join(args.out, "curves.png"))
-        print(f"done: {args.out}/tokenizer (released format), {args.out}/curves.png, "
-              f"{args.out}/reconstructions_*.png, {args.out}/metrics.jsonl")
+        print(f"done: tokenizer/ (released format), curves.png, reconstructions_*.png in {args.out}")
     leave_distributed()
 
 
@@ -677,15 +673,13 @@ def warmed_up_cosine(peak, end, warmup, step, n_steps):
     return cosine(peak, end, (step / n_steps - warmup) / (1 - warmup + 1e-12))
 
 
-def wants_compile(args, device):
-    return device.type == "cuda" if args.compile is None else args.compile
-
-
-def compile_blocks(blocks):
+def compile_blocks(*modules):
     """torch.compile each transformer block in place: small graphs, compiled once for each shape."""
     torch._dynamo.config.recompile_limit = 64       # blocks share a cache, and passes differ in shape
-    for block in blocks:
-        block.compile(dynamic=False)
+    for module in modules:
+        for name, child in module.named_modules() if module is not None else ():
+            if re.search(r"blocks\.\d+$", name):
+                child.compile(dynamic=False)
 
 
 def wrap_in_ddp(module, device):
@@ -737,7 +731,7 @@ class CapturedStep:
         self.graph.replay()
 
 
-def count_flops(compute, is_compiled=False):
+def count_flops(compute):
     """FLOPs of compute(), backward included, over all ranks: of matrix products, convolutions, attention.
     Compiled blocks run eagerly meanwhile, or the counter would not see into them. It knows every fused
     attention but the CPU's, whose formula is that of the others."""
@@ -745,6 +739,7 @@ def count_flops(compute, is_compiled=False):
         return sdpa_flop_count(query_shape, key_shape, value_shape)
     on_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     counter = FlopCounterMode(display=False, custom_mapping={on_cpu: fused_attention})
+    is_compiled = "torch._dynamo" in sys.modules        # else its import, of a second, is spared
     with torch.compiler.set_stance("force_eager") if is_compiled else contextlib.nullcontext(), counter:
         compute()
     return counter.get_total_flops() * world_size()
