@@ -1,14 +1,14 @@
 """
 Where samples come from, and the views, masks and tokens made of them.
 
-A sample is a canvas, uint8 (3, C, C), a caption, and a label (-1: none). A batch is a dict:
+A sample is a canvas, uint8 (3, C, C), a caption, and a label (-1: none). A batch is a dict, as
+make_loader(SampleStream(open_source(...), ...)) gives it:
 
     images  uint8 (b, 3, C, C)      this rank's share of the global batch
     tokens  int64 (b, L), or None   captions as the text tower reads them
     labels  int64 (b,)
     reader, state                   who made it, and where that reader stands now (see SampleStream)
 
-make_loader(SampleStream(open_source(...), ...)) gives them.
 Crops, colours and masks are drawn on the device from (seed, step) for the global batch, of which rank r takes
 every W-th sample: the number of ranks changes nothing.
 """
@@ -23,11 +23,11 @@ import json
 import math
 import os
 import re
-import sys
 import tarfile
 import unicodedata
 import zlib
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -46,17 +46,15 @@ TEMPLATES = ("a photo of a {}", "a picture of a {}", "an image of a {}", "a good
 
 
 class BadSample(Exception):
-    """A sample that cannot be used. The message is the reason that is counted."""
+    """A sample that cannot be used; its message is the reason that is counted."""
 
 
 def open_source(where, canvas, split="train", train_size=8192, classnames=None, label="cls",
                 needs_caption=True, folders=None):
     """The source that --data means: the built-in set (None), a folder of class folders, or tars.
-    classnames: a file of class names, a line each, by label. Raises FileNotFoundError or ValueError."""
-    names = None
-    if classnames:
-        with open(classnames, encoding="utf-8") as f:
-            names = [line.strip() for line in f if line.strip()]
+    classnames: a file of class names, a line each. Raises FileNotFoundError or ValueError."""
+    lines = Path(classnames).read_text("utf-8").split("\n") if classnames else []
+    names = [line.strip() for line in lines if line.strip()] if classnames else None
     if where is None:
         return BuiltinSource(train_size if split == "train" else 2048, canvas, split)
     tars = sorted(glob.glob(os.path.join(where, "*.tar"))) if os.path.isdir(where) else find_tars(where)
@@ -88,7 +86,7 @@ def load_canvas(file, canvas, draft=False):
 
 
 def decode_canvas(file, canvas, draft):
-    """load_canvas with BadSample for whatever Pillow's decoders raise."""
+    """load_canvas with BadSample for what Pillow raises."""
     try:
         return load_canvas(file, canvas, draft)
     except Exception as error:
@@ -100,7 +98,7 @@ def digest_of(*parts):
 
 
 class BuiltinSource:
-    """The procedural scenes, rendered once into memory. split: "train" or "val", another random stream."""
+    """The procedural scenes, rendered once into memory. split: "train" or "val"."""
     def __init__(self, size, canvas, split="train"):
         self.name, self.class_names = f"built-in scenes ({split}, {size:,})", list(SHAPES)
         self.images, self.captions, self.labels = render_scenes(np.arange(size), split, canvas)
@@ -117,7 +115,7 @@ class BuiltinSource:
 
 class FolderSource:
     """A folder of class folders of images. Captions: NAME.txt beside NAME.jpg, else the class in a template.
-    folders: the class of each label (for held-out data, the training set's); default: sorted by name."""
+    folders: the class of each label (for held-out data, the training set's)."""
     def __init__(self, folder, canvas, class_names=None, folders=None):
         found = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
         self.canvas, self.name, self.folders = canvas, folder, folders or found
@@ -137,16 +135,15 @@ class FolderSource:
         return len(self.files)
 
     def fingerprint(self):
-        start = len(os.path.join(self.name, ""))    # names and labels; to read the files would take an epoch
+        start = len(os.path.join(self.name, ""))  # names and labels: to read all files would take an epoch
         return digest_of("folder", *(f"{path[start:]} {label}" for path, label in self.files))
 
     def load(self, index, draft, rng):
         path, label = self.files[index]
         image = decode_canvas(path, self.canvas, draft)
-        sidecar = os.path.splitext(path)[0] + ".txt"
-        if os.path.exists(sidecar):
-            with open(sidecar, encoding="utf-8", errors="replace") as f:
-                return image, f.read().strip(), label
+        sidecar = Path(path).with_suffix(".txt")
+        if sidecar.exists():
+            return image, sidecar.read_text("utf-8", "replace").strip(), label
         return image, TEMPLATES[rng.integers(len(TEMPLATES))].format(self.class_names[label]), label
 
 
@@ -164,13 +161,12 @@ class TarSource:
 
     def walk(self, visits, parts=1, seed=None):
         """The samples of visits (v, how many are done): (v, shard, number in the shard, {extension: bytes}).
-        Visit v reads a part (every parts-th sample) of a shard. v counts all parts of all shards of an
-        epoch, and on through epochs, each in a random order of its own (seed None: in the order of
-        paths)."""
+        Visit v reads every parts-th sample of a shard. v counts all parts of all shards, and on through
+        epochs, each in a random order (seed None: in order)."""
         n_empty = 0
         for visit, n_done in visits:
             n_empty += 1
-            if n_empty > parts * len(self.paths) + 100:     # a reader may skip epochs, and meet few shards
+            if n_empty > parts * len(self.paths) + 100:  # a reader may skip epochs, and meet few shards
                 raise RuntimeError(f"{self.name}: a whole epoch had no sample for one of the readers")
             epoch, place = divmod(visit // parts, len(self.paths))
             shard = place if seed is None else int(permutation(seed, epoch, len(self.paths))[place])
@@ -220,22 +216,21 @@ def read_tar(path, only_names=False):
                 key = (folder, stem)
                 sample[extension.lower()] = None if only_names else tar.extractfile(member).read()
     except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
-        name = os.path.basename(path)
-        sample = {"broken tar": f"cut-off or unreadable tar {name} ({type(error).__name__})"}
+        reason = f"cut-off or unreadable tar {os.path.basename(path)} ({type(error).__name__})"
+        sample = {"broken tar": reason}
     if sample:
         yield sample
 
 
 def expand_paths(pattern):
-    """Brace ranges {000..123}, brace lists {a,b} and globs -> the paths they mean, globs sorted."""
+    """Paths of brace ranges {000..123}, brace lists {a,b} and globs, which are sorted."""
     match = re.search(r"\{([^{}]*)\}", pattern)
     if not match:
         return sorted(glob.glob(pattern)) if glob.has_magic(pattern) else [pattern]
     choices, span = match[1].split(","), re.fullmatch(r"(\d+)\.\.(\d+)", match[1])
     if span:
         choices = [str(i).zfill(len(span[1])) for i in range(int(span[1]), int(span[2]) + 1)]
-    before, after = pattern[:match.start()], pattern[match.end():]
-    return [path for choice in choices for path in expand_paths(before + choice + after)]
+    return [path for choice in choices for path in expand_paths(pattern.replace(match[0], choice, 1))]
 
 
 def find_tars(pattern):
@@ -248,12 +243,10 @@ def find_tars(pattern):
     return paths
 
 
-# ----- The loader -----------------------------------------------------------------------------------------
-# Its order follows from the seed, and batches say where their readers stand, so a run can go on.
+# ----- The loader: its order follows from the seed, and a run can go on where it stopped ------------------
 
 @functools.lru_cache(maxsize=4)
 def permutation(seed, epoch, n):
-    """The order of n things in an epoch."""
     return np.random.default_rng([seed, epoch]).permutation(n)
 
 
@@ -267,22 +260,21 @@ def rows_at(places, n, seed):
 
 
 def default_workers(where):
-    """Loader processes for a rank: none for the built-in set, else up to 8, with a core left to the rank."""
+    """A rank's loader processes: none for the built-in set, else up to 8; a core is left to the rank."""
     local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     return 0 if where is None else max(1, min(8, (os.cpu_count() or 2) // local_ranks - 1))
 
 
 class SampleStream(torch.utils.data.IterableDataset):
-    """Endless batches of this rank's share of the global batch, made by readers (ranks x workers).
+    """Endless batches of this rank's share of the global batch, by readers (ranks x workers).
 
-    Random access: global batch s takes places [s B, (s + 1) B) of an endless shuffled sequence, and rank r
-    every W-th of them, whatever the number of ranks and workers, also after a stop.
-    Tars: reader k of n makes visits k, k + n, k + 2n, ... (TarSource.walk) and shuffles blocks of
-    shuffle_buffer samples. A run goes on exactly with as many readers as before; with another number, the
-    blocks that were being given out come once more.
-    place, as advance keeps it, is where to go on:
+    Random access: global batch s takes places [s B, (s + 1) B) of an endless shuffled sequence,
+    whatever the number of ranks and workers.
+    Tars: reader k of n makes visits k, k + n, ... (TarSource.walk) and shuffles blocks of shuffle_buffer
+    samples. With as many readers as before a run goes on exactly, else its open blocks come once more.
+    place is where to go on:
         batches   how many are done
-        parts     of each shard; in a new run there are at least as many in all as readers
+        parts     of each shard: in all at least as many as readers, in a new run
         readers   {reader: state}. Of tars: `given` samples are done of a block from `sample` of `visit` on
         next      when readers were last dealt out, every visit below this was done, but for those in
         open      {visit: number in the shard of the first sample to come}
@@ -347,7 +339,7 @@ class SampleStream(torch.utils.data.IterableDataset):
                 samples = []
 
     def shuffled_tar_samples(self, reader):
-        """Undecoded samples in the reader's order, each with the state after it."""
+        """Undecoded samples in the reader's order, with the state after each."""
         parts, given = self.place["parts"], self.place["readers"][reader]["given"]
         in_order = self.source.walk(visits_left(self.place, reader), parts, self.seed)
         visits_of_an_epoch = parts * len(self.source.paths)
@@ -389,7 +381,7 @@ def total_skipped(place):
 
 
 def deal_out(place, n_readers):
-    """The place of a SampleStream for another number of readers."""
+    """A SampleStream's place for another number of readers."""
     following, begun = place["next"], {}
     if all("visit" in state for state in place["readers"].values()):  # else random access
         following = max([following, *(state["visit"] + 1 for state in place["readers"].values())])
@@ -410,9 +402,8 @@ def make_loader(stream, pin_memory=False):
 
 
 def each_sample(source, reader=0, n_readers=1, seed=None):
-    """Every sample of a source once, shared out over readers: (shard, number in the shard, load), where
-    load() gives the sample, not by draft, or raises BadSample. With random access all are in shard 0. seed:
-    of a random order of samples, or of shards; None: the source's order."""
+    """Every sample of a source once, shared out over readers: (shard, number in it, load). load() gives the
+    sample or raises BadSample. Random access: shard 0. seed: a random order of samples, or of shards."""
     if isinstance(source, TarSource):
         parts = math.ceil(n_readers / len(source.paths))
         visits = ((visit, 0) for visit in range(reader, parts * len(source.paths), n_readers))
@@ -425,9 +416,9 @@ def each_sample(source, reader=0, n_readers=1, seed=None):
 
 
 def load_evaluation_set(source, n, seed=0, whole=False):
-    """This rank's share of n samples -> images uint8 (m, 3, C, C), captions, labels int64 (m,).
-    They are random by the seed alone; of tars, the first n of shards in random order. Unusable ones are left
-    out; RuntimeError if none remains. whole: all n on every rank."""
+    """This rank's share of n samples (whole: all) -> images uint8 (m, 3, C, C), captions, labels int64 (m,).
+    Random by the seed alone; of tars, the first n of shards in random order.
+    Unusable ones are left out; RuntimeError if none remains."""
     first, every = (0, 1) if whole else (rank(), world_size())
     good, skipped = [], Counter()
     for _, _, load in itertools.islice(each_sample(source, seed=seed), first, n, every):
@@ -450,27 +441,25 @@ def step_generator(seed, step, device):
 
 
 def own_share(draws):
-    """This rank's share, every W-th sample, of draws (..., B) for the global batch."""
+    """This rank's share of draws (..., B) for the global batch: every W-th, so that W changes nothing."""
     return draws[..., rank()::world_size()]
 
 
 def draw_boxes(uniform, area):
-    """Random crops as torchvision's RandomResizedCrop: aspect 3/4 to 4/3, the first of 10 tries that fits,
-    else the whole image. uniform (22, B) in [0, 1), area (lowest, highest) as shares of the image -> boxes
-    (4, B): left, top, width, height as shares of the side."""
+    """torchvision's RandomResizedCrop: aspect 3/4 to 4/3, the first of 10 tries that fits, else the whole.
+    uniform (22, B), area (lowest, highest) of 1 -> boxes (4, B): left, top, width, height, of a side of 1."""
     areas = area[0] + (area[1] - area[0]) * uniform[:10]
     aspects = torch.exp(math.log(4 / 3) * (2 * uniform[10:20] - 1))
     widths, heights = (areas * aspects).sqrt(), (areas / aspects).sqrt()
     fits = (widths <= 1) & (heights <= 1)
     first = fits.int().argmax(dim=0, keepdim=True)
     width, height = (torch.where(fits.any(dim=0), v.gather(0, first)[0], 1.0) for v in (widths, heights))
-    x, y = uniform[20:22]
-    return torch.stack((x * (1 - width), y * (1 - height), width, height))
+    return torch.stack((uniform[20] * (1 - width), uniform[21] * (1 - height), width, height))
 
 
 def resampling_matrix(start, length, in_size, out_size, flip=None):
-    """Bicubic resampling of a span of a line, antialiased as Pillow's: (B, out_size, in_size).
-    start, length (B,) in pixels; flip (B,) bool mirrors the output."""
+    """Bicubic resampling of spans of a line, antialiased as Pillow's: start, length (B,) in pixels, flip (B,)
+    bool -> (B, out_size, in_size)."""
     scale = (length / out_size)[:, None, None]
     stretch = scale.clamp(min=1)  # the kernel widens where the image shrinks
     places = torch.arange(out_size, device=start.device).view(1, -1, 1) + 0.5
@@ -484,9 +473,8 @@ def resampling_matrix(start, length, in_size, out_size, flip=None):
 
 
 def resample(images, boxes, out_size, flip=None):
-    """Crop and resize images (B, 3, C, C) to n crops of each, (n B, 3, out_size, out_size), crop by crop.
-    boxes (4, n B) in shares of the side, flip (n B,) bool. Two matrix products; an image's crops stand below
-    each other, so that it is read once and never repeated."""
+    """Images (B, 3, C, C) -> n crops of each, (n B, 3, out_size, out_size), crop by crop; boxes (4, n B),
+    flip (n B,) bool. An image's crops stand below each other, so that it is read once."""
     B, C = len(images), images.shape[-1]
     n = boxes.shape[1] // B
     left, top, width, height = boxes * C
@@ -514,7 +502,7 @@ def away_from(x, reference, change):
 
 
 def adjust_brightness(x, change):
-    """x (B, 3, H, W) in [0, 1] by a change (B, 1, 1, 1), which is 0 for none; so the others."""
+    """x (B, 3, H, W) in [0, 1] by a change (B, 1, 1, 1), 0 for none; so the others."""
     return away_from(x, 0.0, change)
 
 
@@ -537,23 +525,21 @@ def adjust_hue(x, change):
     return value[:, None] - chroma[:, None] * torch.minimum(k, 4 - k).clamp(0, 1)
 
 
-ADJUSTMENTS = (adjust_brightness, adjust_contrast, adjust_saturation, adjust_hue)
-
-
 def colour_jitter(x, uniform, order):
-    """DINOv2's colour jitter, with probability 0.8, then greyscale, with 0.2, of x (n, 3, H, W) in [0, 1].
-    uniform (6, n): each image's own draws. order: of ADJUSTMENTS, one for all, where torchvision draws one
-    for each. Orders differ little, by clipping and where the hue is turned, and each step draws anew."""
+    """DINOv2's colour jitter, with probability 0.8, then greyscale, with 0.2, of x (n, 3, H, W) in [0, 1] by
+    uniform (6, n). order: of the adjustments, one for all, where torchvision draws one for each image: orders
+    differ little, by clipping and where the hue is turned."""
+    adjustments = (adjust_brightness, adjust_contrast, adjust_saturation, adjust_hue)
     strengths = constant((0.4, 0.4, 0.2, 0.1), x.device)[:, None]
     is_jittered, is_grey = uniform[0] < 0.8, uniform[1] < 0.2
     changes = torch.where(is_jittered, strengths * (2 * uniform[2:6] - 1), 0.0).view(4, -1, 1, 1, 1)
     for kind in order:
-        x = ADJUSTMENTS[kind](x, changes[kind])
+        x = adjustments[kind](x, changes[kind])
     return torch.where(is_grey.view(-1, 1, 1, 1), to_grey(x), x)
 
 
 def gaussian_blur(x, sigma):
-    """9-tap Gaussian blur, reflected borders, of (B, 3, S, S) by sigma (B,) in pixels; 0: none."""
+    """9-tap blur with reflected borders of (B, 3, S, S) by sigma (B,) in pixels; 0: none."""
     S, taps = x.shape[-1], torch.arange(-4, 5, device=x.device)
     kernel = torch.exp(-0.5 * (taps / sigma.clamp(min=1e-3)[:, None]) ** 2)
     kernel = kernel / kernel.sum(dim=1, keepdim=True)  # (B, 9)
@@ -566,7 +552,7 @@ def gaussian_blur(x, sigma):
 
 def augment(canvases, uniform, size, area, blur_rates, solarize_rates, order):
     """DINOv2's crops of (b, 3, C, C) in [0, 1] -> normalised (n b, 3, size, size), crop by crop.
-    uniform (32, n, b); rates: n probabilities. order: see colour_jitter."""
+    uniform (32, n, b); rates: n probabilities."""
     u = uniform.flatten(1)  # (32, n b)
     x = resample(canvases, draw_boxes(u[:22], area), size, flip=u[22] < 0.5).clamp(0, 1)
     x = colour_jitter(x, u[23:29], order)
@@ -579,9 +565,8 @@ def augment(canvases, uniform, size, area, blur_rates, solarize_rates, order):
 
 
 def ssl_views(canvases, generator, batch_size, global_size, local_size, n_local):
-    """Uint8 canvases (b, 3, C, C) -> DINOv2's crops (2b, 3, G, G), (n_local b, 3, L, L), crop by crop.
-    Areas are 0.32 to 1, and 0.05 to 0.32 of local crops. Blur rates 1, 0.1 and 0.5 are the DINO paper's;
-    DINOv2's code has them inverted (0, 0.9, 0.5). Normalised. batch_size is global."""
+    """Uint8 canvases (b, 3, C, C) -> DINOv2's normalised crops (2b, 3, G, G), (n_local b, 3, L, L), crop by
+    crop; batch_size is global. Blur rates are the DINO paper's; DINOv2's code has them inverted."""
     canvases, device = canvases.float() / 255, canvases.device
     orders = np.random.default_rng(generator.initial_seed()).permuted([range(4)] * 2, axis=1)
     of_global, of_local = (own_share(torch.rand(32, n, batch_size, generator=generator, device=device))
@@ -596,8 +581,8 @@ def ssl_views(canvases, generator, batch_size, global_size, local_size, n_local)
 def draw_mask_counts(generator, batch_size, n_patches, ratio=(0.1, 0.5)):
     """How many patches of each global crop are masked: (2, B) int64, for the global batch. B must be even.
     Half of the 2B crops are masked, the i-th with a share uniform in the i-th of B equal slices of ratio
-    (DINOv2). Slices i and B - 1 - i mirror each other, so that their counts add up to a constant, and go to
-    two of the four crops of samples j and j + B/2: the rank that holds these always masks as many patches."""
+    (DINOv2). Slices i and B - 1 - i mirror each other: their counts add up to a constant. They go to two of
+    the four crops of samples j and j + B/2: the rank that holds these always masks as many patches."""
     half, (low, high), device = batch_size // 2, ratio, generator.device
     slices = torch.arange(half, device=device) + torch.rand(half, generator=generator, device=device)
     first = ((low + (high - low) * slices / batch_size) * n_patches).round().long()
@@ -631,7 +616,7 @@ def draw_masks(generator, batch_size, grid, ratio=(0.1, 0.5), n_rounds=16):
         accept = (height < H) & (width < W) & (added <= left)
         masks = masks | (block & accept[:, None, None])
         left = left - torch.where(accept, added, 0)
-    # what is missing: unmasked patches, those with most masked neighbours first
+    # what is missing: unmasked patches with most masked neighbours first
     padded = torch.nn.functional.pad(masks.float(), (1, 1, 1, 1))
     neighbours = padded[:, :-2, 1:-1] + padded[:, 2:, 1:-1] + padded[:, 1:-1, :-2] + padded[:, 1:-1, 2:]
     score = torch.where(masks.flatten(1), -1.0, neighbours.flatten(1) + noise)
@@ -648,7 +633,7 @@ CLIP_BPE_SHA256 = "924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d68
 
 
 def make_tokenizer(text_vocab_size, bpe_path=None):
-    """The tokenizer that a model's text_vocab_size means: 259 bytes, 49,408 CLIP's BPE; else ValueError."""
+    """The tokenizer of a text_vocab_size: 259 is bytes, 49,408 CLIP's BPE; else ValueError."""
     if text_vocab_size == BYTE_VOCAB:
         return byte_tokenizer
     if text_vocab_size == CLIP_VOCAB:
@@ -666,17 +651,16 @@ def pad_tokens(token_lists, context_length, start, end):
 
 
 def byte_tokenizer(texts, context_length=77):
-    """UTF-8 bytes -> int64 (n, context_length): a small model has no room for a vocabulary."""
+    """UTF-8 bytes -> int64 (n, context_length): a small model has no room for words."""
     return pad_tokens([[b + 1 for b in text.encode()] for text in texts], context_length, 257, 258)
 
 
 class ClipBPE:
-    """CLIP's tokenizer: tokenize(list of str, context_length=77) -> int64 (n, context_length), as CLIP's but
-    for texts that ftfy, which CLIP runs first, would change. path: bpe_simple_vocab_16e6.txt.gz; None fetches
-    it (checked) into the torch hub cache."""
+    """CLIP's tokenizer: texts -> int64 (n, context_length), without ftfy, which CLIP runs first.
+    path: bpe_simple_vocab_16e6.txt.gz; None fetches it (checked) into the torch hub cache."""
     def __init__(self, path=None):
         if path is None:
-            path = os.path.join(torch.hub.get_dir(), "checkpoints", "bpe_simple_vocab_16e6.txt.gz")
+            path = os.path.join(torch.hub.get_dir(), "checkpoints", os.path.basename(CLIP_BPE_URL))
             download(CLIP_BPE_URL, path, CLIP_BPE_SHA256)
         with gzip.open(path, "rt", encoding="utf-8") as f:
             merges = [tuple(line.split()) for line in f.read().split("\n")[1:CLIP_VOCAB - 2 - 512 + 1]]
@@ -712,49 +696,45 @@ class ClipBPE:
 
 
 def characters_of(category):
-    """Characters of a Unicode category (its first letter) as ranges for a regular expression's [...]."""
-    categories = "".join(unicodedata.category(chr(c))[0] for c in range(sys.maxunicode + 1))
+    """Characters of a Unicode category (its first letter) as ranges for a pattern's [...]."""
+    categories = "".join(unicodedata.category(chr(c))[0] for c in range(0x110000))
     return "".join(f"{chr(m.start())}-{chr(m.end() - 1)}" for m in re.finditer(f"{category}+", categories))
 
 
 # ----- The built-in set: procedural scenes with captions --------------------------------------------------
-# One large object, whose shape is the label, and at times a second, small one, on a background.
-# Pixel values say little about the shape: all else is drawn without looking at it, shapes of one size cover
-# the same area, and object and background swap light and dark freely. Most objects are large, central and
-# nearly upright: a small DiT learns to draw them in minutes. Lengths are fractions of the image side, from
-# its centre; y points up. Pixels are the same everywhere: IEEE 754 says how + - * / and sqrt round, and
-# cosines and sines are rounded from double to single precision.
+# A large object, whose shape is the label, at times a small second one, and a background. Pixel values say
+# little about the shape: all else is drawn without regard to it; shapes of a size have equal areas. Most are
+# large, central, nearly upright: a small DiT learns them fast. Lengths are parts of the side from the centre;
+# y points up. Pixels are the same everywhere: + - * / and sqrt are IEEE 754's, sines are rounded to fp32.
 
 SHAPES = ("circle", "square", "triangle", "star", "heart", "cross", "ring", "crescent", "arrow", "hourglass")
-COLOURS_RGB = {
-    "red": (.86, .13, .13), "orange": (.97, .53, .08), "yellow": (.97, .87, .20), "green": (.15, .60, .20),
-    "teal": (.10, .66, .66), "blue": (.14, .27, .86), "purple": (.50, .16, .66), "pink": (.98, .60, .76),
-    "brown": (.45, .27, .12), "black": (.07, .07, .08), "white": (.96, .96, .95), "grey": (.56, .56, .57)}
+COLOURS_RGB = dict(
+    red=(.86, .13, .13), orange=(.97, .53, .08), yellow=(.97, .87, .20), green=(.15, .60, .20),
+    teal=(.10, .66, .66), blue=(.14, .27, .86), purple=(.50, .16, .66), pink=(.98, .60, .76),
+    brown=(.45, .27, .12), black=(.07, .07, .08), white=(.96, .96, .95), grey=(.56, .56, .57))
 COLOUR_NAMES, RGB = tuple(COLOURS_RGB), np.array(list(COLOURS_RGB.values()))
 LUMINANCE = RGB @ [.30, .59, .11]
-# Colours that are far enough apart to meet in a scene (green weighs most to the eye).
-CONTRAST = np.sqrt(((RGB[:, None] - RGB) ** 2 * [.30, .45, .25]).sum(-1)) > .33
+CONTRAST = np.sqrt(((RGB[:, None] - RGB) ** 2 * [.30, .45, .25]).sum(-1)) > .33  # may meet in a scene
 TEXTURES = ("plain", "plain", "stripes", "dots", "checks")  # patterns on an object
 BACKGROUNDS = ("plain", "plain", "stripes", "checks", "gradient", "clouds")  # and behind it
-PATTERN_WORDS = {  # and how often they are said
-    "plain": (("plain",), .1), "stripes": (("striped",), .5), "dots": (("dotted", "spotted"), .5),
-    "checks": (("checked",), .5), "gradient": (("shaded", "fading"), .5), "clouds": (("cloudy", "misty"), .5)}
+PATTERN_WORDS = dict(  # and how often they are said
+    plain=(("plain",), .1), stripes=(("striped",), .5), dots=(("dotted", "spotted"), .5),
+    checks=(("checked",), .5), gradient=(("shaded", "fading"), .5), clouds=(("cloudy", "misty"), .5))
 SIZE_WORDS = (("small", "little"), (), ("large", "big"))  # a middle size is not named
-PLACE_WORDS = {
-    (-1, 1): ("at the top left", "in the upper left"), (-1, 0): ("on the left", "at the left"),
-    (1, 1): ("at the top right", "in the upper right"), (1, 0): ("on the right", "at the right"),
-    (-1, -1): ("at the bottom left", "in the lower left"), (0, 1): ("at the top", "near the top"),
-    (1, -1): ("at the bottom right", "in the lower right"), (0, -1): ("at the bottom", "near the bottom"),
-    (0, 0): ("in the centre", "in the middle")}
-RELATION_WORDS = {  # of the main object to a second one in that place
-    (0, 1): ("below", "under", "beneath"), (0, -1): ("above", "over"),
-    (-1, 0): ("right of", "to the right of"), (1, 0): ("left of", "to the left of")}
+PLACE_WORDS = (  # of places 0 to 8: three rows of three, from the bottom left
+    ("at the bottom left", "in the lower left"), ("at the bottom", "near the bottom"),
+    ("at the bottom right", "in the lower right"), ("on the left", "at the left"),
+    ("in the centre", "in the middle"), ("on the right", "at the right"),
+    ("at the top left", "in the upper left"), ("at the top", "near the top"),
+    ("at the top right", "in the upper right"))
+RELATION_WORDS = {1: ("above", "over"), 3: ("right of", "to the right of"), 5: ("left of", "to the left of"),
+                  7: ("below", "under", "beneath")}  # of the main object to a second one in that place
 OPENINGS = ("", "", "", "", "there is", "here is", "picture of", "an image of")
 LONGEST_CAPTION = 62  # bytes
 
 
 def uniforms(indices, split, seed):
-    """Yield random columns, float64 (N,) in [0, 1): splitmix64 of (seed, split, index, column)."""
+    """Random columns, float64 (N,) in [0, 1): splitmix64 of (seed, split, index, column)."""
     def scramble(z):
         z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9
         z = (z ^ (z >> 27)) * 0x94D049BB133111EB
@@ -768,9 +748,8 @@ def uniforms(indices, split, seed):
 
 
 def draw_parameters(indices, split, seed=0):
-    """All that defines the scenes, as a dict of arrays with first axis N. seed: an integer >= 0.
-    Shapes and colours are positions in SHAPES and COLOUR_NAMES, *_rgb in [0, 1], x, y, radius and period
-    fractions of the image side, turns of a full turn. x2 and so on are the second object's, if "pair"."""
+    """All that defines the scenes: a dict of arrays with first axis N. Shapes and colours are positions in
+    SHAPES and COLOUR_NAMES, turns parts of a full turn; x2 and so on are the second object's, if "pair"."""
     columns = uniforms(indices, split, seed)
     def draw(low=0, high=1, count=None):  # (N,), or (N, count)
         u = next(columns) if count is None else np.stack([next(columns) for _ in range(count)], 1)
@@ -779,31 +758,25 @@ def draw_parameters(indices, split, seed=0):
         return np.array(options)[(draw() * len(options)).astype(np.int64)]
     def choose_colour(allowed):  # allowed: (N, colours)
         return np.where(allowed, draw(count=len(RGB)), -1).argmax(1)
-
     pair, shapes, colours = draw() < .15, range(len(SHAPES)), np.arange(len(RGB))
     p = {"pair": pair, "shape": choose(shapes), "colour": choose(colours)}
-    p["ground_colour"] = choose_colour(CONTRAST[p["colour"]])
-    p["shape2"] = choose(shapes)
-    p["colour2"] = choose_colour(CONTRAST[p["ground_colour"]] & (colours != p["colour"][:, None]))
-    for name, strength in (("colour", .28), ("colour2", .28), ("ground_colour", .14)):
+    p["backdrop"], p["shape2"] = choose_colour(CONTRAST[p["colour"]]), choose(shapes)
+    p["colour2"] = choose_colour(CONTRAST[p["backdrop"]] & (colours != p["colour"][:, None]))
+    for name, strength in (("colour", .28), ("colour2", .28), ("backdrop", .14)):
         jitter = draw(-.04, .04, count=3) + draw(-.04, .04)[:, None]
         rgb = p[name + "_rgb"] = np.clip(RGB[p[name]] + jitter, 0, 1)
-        white_or_black = LUMINANCE[p[name], None] < .30  # a second tone: lighter if the colour is dark
-        p[name + "_rgb2"] = blend(rgb, white_or_black, strength)
+        p[name + "_rgb2"] = blend(rgb, LUMINANCE[p[name], None] < .30, strength)  # towards white or black
     p["texture"], p["ground"] = choose(TEXTURES), choose(BACKGROUNDS)
     for name, low, high in (("texture", .14, .18), ("ground", .18, .32)):
         p[name + "_turn"], p[name + "_period"] = draw(), draw(low, high)
         p[name + "_phase"], p[name + "_waves"] = draw(count=4), draw(-3, 3, count=8).reshape(-1, 4, 2)
-    # radius: of the circle with the object's area. An object alone is in the centre or, if small, in one of
-    # 3 x 3 places; of two, the main one makes room for the second in one of 8 directions.
+    # One object is in the centre or, if small, in one of 3 x 3 places; of two, the main one makes room.
     p["size"] = np.where(pair, 1, choose([0, 1, 1, 1, 2, 2, 2]))
     p["radius"] = np.where(pair, draw(.235, .255), np.array([.21, .28, .33])[p["size"]] + draw(-.01, .01))
-    p["radius2"] = draw(.098, .118)
-    alone = np.where(p["size"] == 0, choose(range(9)), 4)
-    place = np.where(pair, choose([0, 1, 2, 3, 5, 6, 7, 8]), alone)
-    p["place"] = np.stack([place % 3 - 1, place // 3 - 1], 1)  # of the second object if there is one
+    p["radius2"], alone = draw(.098, .118), np.where(p["size"] == 0, choose(range(9)), 4)
+    p["place"] = np.where(pair, choose([0, 1, 2, 3, 5, 6, 7, 8]), alone)  # the second's if there is one
     room = np.where(pair, -1, 1) * (.5 - 1.40 * p["radius"])
-    for name, step in zip("xy", p["place"].T):
+    for name, step in (("x", p["place"] % 3 - 1), ("y", p["place"] // 3 - 1)):
         p[name] = np.where(step == 0, draw(-.03, .03), step * room * draw(.7, 1))
         p[name + "2"] = np.where(step == 0, draw(-.12, .12), step * draw(.335, .36))
     p["turn"], p["turn2"], p["wording"] = draw(-.03, .03), draw(-.03, .03), draw(count=16)  # up to 11 degrees
@@ -818,20 +791,14 @@ def blend(first, second, weight):
     return first + (second - first) * weight
 
 
-def ramp(t):
-    return (.5 + t).clip(0, 1)  # with t in pixels, the edge of a mask
-
-
 def rotate(x, y, turn, unit=1):
-    """Coordinates along axes turned by a fraction of a full turn, in multiples of unit."""
+    """Coordinates along axes turned by a part of a full turn, in multiples of unit."""
     cos, sin = (float(f(2 * np.pi * turn) / unit) for f in (np.cos, np.sin))
     return cos * x + sin * y, cos * y - sin * x
 
 
 def distance(shape, x, y):
-    """Signed distance to the outline, negative inside, of a shape with the unit circle's area.
-    Exact along straight edges and arcs; corners are mitred. minimum unites two regions, maximum intersects
-    them."""
+    """Signed distance to a shape's outline, negative inside; minimum unites regions, maximum intersects."""
     ax, ay = abs(x), abs(y)
     if shape == "circle": return length(x, y) - 1
     if shape == "square": return np.maximum(ax, ay) - .886
@@ -842,9 +809,9 @@ def distance(shape, x, y):
     if shape == "hourglass": return np.maximum(ay - 1.2, .8575 * (ax - .294) - .5145 * ay)
     if shape == "heart":  # a square on its corner and two discs
         return np.minimum((ax + abs(y + .1) - .938) * .7071, length(ax - .469, y + .1 - .469) - .663)
-    if shape == "arrow":  # a head, pointing right, and a shaft
-        return np.minimum(np.maximum(.7071 * (x + ay - 1.4), -.05 - x),
-                          np.maximum(ay - .4, abs(x + .65) - .7))
+    if shape == "arrow":
+        head, shaft = np.maximum(.7071 * (x + ay - 1.4), -.05 - x), np.maximum(ay - .4, abs(x + .65) - .7)
+        return np.minimum(head, shaft)
     if shape == "star":  # fold the ten mirror images onto one edge
         for cos in (.8090, -.8090):
             fold = 2 * np.maximum(cos * ax - .5878 * y, 0)
@@ -853,10 +820,9 @@ def distance(shape, x, y):
 
 
 def pattern(scene, name, x, y, size):
-    """The mask in [0, 1] of a scene's "texture" or "ground" at coordinates x (1, size), y (size, 1)."""
+    """The mask in [0, 1] of a scene's "texture" or "ground" at x (1, size), y (size, 1)."""
     kind, phase, period = scene[name], scene[name + "_phase"], np.float32(scene[name + "_period"])
-    if kind == "plain":
-        return 0
+    if kind == "plain": return 0
     if kind == "clouds":  # soft waves in four random directions
         total = .5
         for (wave_x, wave_y), shift in zip(scene[name + "_waves"], phase):
@@ -865,18 +831,16 @@ def pattern(scene, name, x, y, size):
             total = total + .75 * t * (1 - abs(t))  # parabolas that look like a sine
         return total.clip(0, 1)
     along, across = rotate(x, y, scene[name + "_turn"])
-    if kind == "gradient":
-        return ramp(along)
+    if kind == "gradient": return (.5 + along).clip(0, 1)
     a, b = along / period + phase[0], across / period + phase[1]
     a, b = (abs(t - np.floor(t) - .5) for t in (a, b))  # 0 in the middle of a period, 1/2 at its ends
-    if kind == "dots":
-        return ramp(size * period * (.3 - length(a, b)))
+    if kind == "dots": return (.5 + size * period * (.3 - length(a, b))).clip(0, 1)
     a, b = ((2 * size * period * (t - .25)).clip(-1, 1) for t in (a, b))
     return (1 + (a if kind == "stripes" else a * b)) / 2
 
 
 def draw_images(p, size):
-    """The scenes of draw_parameters as uint8 (N, 3, size, size), RGB."""
+    """The scenes of draw_parameters as uint8 (N, 3, size, size)."""
     line = (np.arange(size, dtype=np.float32) + .5) / size - .5
     x, y = line[None], -line[:, None]
     images = np.empty((len(p["pair"]), 3, size, size), np.uint8)
@@ -885,47 +849,41 @@ def draw_images(p, size):
     for i in range(len(images)):
         scene = {name: v[i] for name, v in values.items()}
         ground = pattern(scene, "ground", x, y, size)
-        image = blend(scene["ground_colour_rgb"], scene["ground_colour_rgb2"], ground)
+        image = blend(scene["backdrop_rgb"], scene["backdrop_rgb2"], ground)
         for end in ("2", "") if scene["pair"] else ("",):  # the main object comes last: in front
             dx, dy, radius = x - scene["x" + end], y - scene["y" + end], scene["radius" + end]
             d = distance(SHAPES[scene["shape" + end]], *rotate(dx, dy, scene["turn" + end], radius)) * radius
             colour = scene[f"colour{end}_rgb"]
-            outline = blend(colour, LUMINANCE[scene["ground_colour"]] < .45, .5)  # towards white or black
+            outline = blend(colour, LUMINANCE[scene["backdrop"]] < .45, .5)  # towards white or black
             if not end:
                 colour = blend(colour, scene["colour_rgb2"], pattern(scene, "texture", x, y, size))
-            colour = blend(colour, outline, ramp((d + .018) * size))
-            image = blend(image, colour, ramp(-d * size))
+            colour = blend(colour, outline, (.5 + (d + .018) * size).clip(0, 1))  # edges a pixel wide
+            image = blend(image, colour, (.5 - d * size).clip(0, 1))
         images[i] = image * 255 + .5
     return images
 
 
 def write_caption(p, i):
-    """A true phrase about scene i: always the main object's colour and shape, the rest at times."""
+    """A true phrase: always the main object's colour and shape, the rest at times."""
     u = iter(p["wording"][i].tolist())
     def pick(words, share=1):  # one of the words, or nothing
         word = words[int(next(u) * len(words))] if words else ""
         return word if share == 1 or next(u) < share else ""
     def phrase(opening, ground_texture, size2, size, on, texture, at):
         thing, behind = f"a {size} {texture} {colour} {shape}", f"{ground_texture} {ground}"
-        on = on.format(behind)
-        if p["pair"][i]:
-            link = relation or ("with" if at else beside)
-            return f"{opening} {thing} {link} a {size2} {colour2} {shape2} {'' if relation else at} {on}"
-        if template == 0 and at:
-            return f"{at}, {thing} {on}"
-        if template == 1 and on:
-            return f"a {behind} background with {thing} {at}"
-        if template == 2:
-            return ", ".join(filter(None, (f"{colour} {shape}", size, texture, at, on)))
-        if template == 3:
-            return f"the {size} {shape} {at} is {colour} {texture and 'and ' + texture} {on}"
+        thing2, on = f"a {size2} {colour2} {shape2}", on.format(behind)
+        if p["pair"][i] and relation: return f"{opening} {thing} {relation} {thing2} {on}"
+        if p["pair"][i]: return f"{opening} {thing} {'with' if at else beside} {thing2} {at} {on}"
+        if template == 0 and at: return f"{at}, {thing} {on}"
+        if template == 1 and on: return f"a {behind} background with {thing} {at}"
+        if template == 2: return ", ".join(filter(None, (f"{colour} {shape}", size, texture, at, on)))
+        if template == 3: return f"the {size} {shape} {at} is {colour} {texture and 'and ' + texture} {on}"
         return f"{opening} {thing} {at} {on}" if template < 6 else f"{opening} {thing} {on} {at}"
-
-    colour, colour2, ground = (COLOUR_NAMES[p[name][i]] for name in ("colour", "colour2", "ground_colour"))
-    shape, shape2, place = SHAPES[p["shape"][i]], SHAPES[p["shape2"][i]], tuple(p["place"][i].tolist())
+    colour, colour2, ground = (COLOUR_NAMES[p[name][i]] for name in ("colour", "colour2", "backdrop"))
+    shape, shape2, place = SHAPES[p["shape"][i]], SHAPES[p["shape2"][i]], p["place"][i]
     details = [pick(OPENINGS), pick(*PATTERN_WORDS[p["ground"][i]]), pick(("", "small", "tiny", "little")),
                pick(SIZE_WORDS[p["size"][i]], .5), pick(("on a {} background", "on {}", "against {}"), .5),
-               pick(*PATTERN_WORDS[p["texture"][i]]), pick(PLACE_WORDS[place], .3 if place == (0, 0) else .7)]
+               pick(*PATTERN_WORDS[p["texture"][i]]), pick(PLACE_WORDS[place], .3 if place == 4 else .7)]
     template, relation = int(next(u) * 8), pick(RELATION_WORDS.get(place, ("",)), .75)
     beside = pick(("with", "and", "next to"))
     for k in range(len(details) + 1):
@@ -937,7 +895,6 @@ def write_caption(p, i):
 
 def render_scenes(indices, split, size=64, seed=0):
     """Scenes number indices (N,) of split -> images uint8 (N, 3, size, size), captions, labels int64 (N,).
-    Labels are positions in SHAPES. A scene depends on (seed, split, index) only; size is just the
-    sharpness."""
+    Labels are positions in SHAPES. A scene depends on (seed, split, index); size is just its sharpness."""
     p = draw_parameters(indices, split, seed)
     return draw_images(p, size), [write_caption(p, i) for i in range(len(p["shape"]))], p["shape"]
