@@ -23,14 +23,14 @@ from vtp import Attention, PatchEmbed, RMSNorm, denormalize
 # fp32 on neighbouring pairs at grid positions (there in bf16 on halves at centred ones).
 
 def rotate_pairs(x, sin, cos):
-    """Rotate the neighbouring pairs of x (B, heads, N, head_dim) by tables (N, head_dim / 2), in fp32."""
+    """Rotate neighbouring pairs of x (B, heads, N, head_dim) by tables (N, head_dim / 2), in fp32."""
     first, second = x.float().unflatten(-1, (-1, 2)).unbind(-1)
     # First members, then second ones: queries and keys are permuted alike, so attention stays.
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
 
 
 class Rope(nn.Module):
-    """Axial rotary tables of a grid of side n. LightningDiT's buffers have each angle twice, for a pair."""
+    """Axial rotary tables of a grid of side n, each angle twice, for a pair, as in LightningDiT."""
     def __init__(self, head_dim, n, theta=10000.0):
         super().__init__()
         exponents = torch.arange(0, head_dim // 2, 2).float() / (head_dim // 2)  # (head_dim / 4,)
@@ -40,9 +40,6 @@ class Rope(nn.Module):
         angles = torch.cat((rows, columns), dim=-1).flatten(0, 1)  # (n*n, head_dim)
         self.register_buffer("freqs_cos", angles.cos())
         self.register_buffer("freqs_sin", angles.sin())
-
-    def tables(self):
-        return self.freqs_sin[:, ::2], self.freqs_cos[:, ::2]  # (n*n, head_dim / 2)
 
 
 class FusedSwiGLU(nn.Module):
@@ -110,14 +107,8 @@ class TimestepEmbedder(nn.Module):
         return self.mlp(torch.cat((angles.cos(), angles.sin()), dim=-1))
 
 
-class LabelEmbedder(nn.Sequential):
-    """Labels (B,) -> (B, dim); num_classes is the null class."""
-    def __init__(self, num_classes, dim):
-        super().__init__(OrderedDict(embedding_table=nn.Embedding(num_classes + 1, dim)))
-
-
 def sincos_positions(dim, n):
-    """Fixed positions (n*n, dim) of a grid of side n: columns, then rows; of each sines, then cosines."""
+    """Positions (n*n, dim) of a grid of side n: columns, then rows; of each sines, then cosines."""
     frequencies = 10000.0 ** (-np.arange(dim // 4) / (dim / 4))
     angles = np.arange(n)[:, None] * frequencies  # (n, dim / 4)
     line = np.concatenate((np.sin(angles), np.cos(angles)), axis=1)  # (n, dim / 2)
@@ -137,7 +128,8 @@ class DiT(nn.Module):
         n = input_size // patch_size
         self.x_embedder = PatchEmbed(patch_size, in_channels, dim)
         self.t_embedder = TimestepEmbedder(dim)
-        self.y_embedder = LabelEmbedder(num_classes, dim)
+        table = nn.Embedding(num_classes + 1, dim)  # the last row is the null class's
+        self.y_embedder = nn.Sequential(OrderedDict(embedding_table=table))
         self.pos_embed = nn.Parameter(sincos_positions(dim, n)[None], requires_grad=False)
         self.feat_rope = Rope(dim // n_heads, n)
         self.blocks = nn.ModuleList(DiTBlock(dim, n_heads) for _ in range(depth))
@@ -162,11 +154,9 @@ class DiT(nn.Module):
 
     def velocity(self, x, conditions, rows=None):
         """The same from conditions (C, dim), the sums of time and class embedding.
-
-        rows (B,): which of the conditions each sample has; None: C = B, in order.
-        """
+        rows (B,): which of them each sample has; None: C = B, in order."""
         x = self.x_embedder(x).flatten(2).transpose(1, 2) + self.pos_embed  # (B, N, dim)
-        rope = self.feat_rope.tables()
+        rope = (self.feat_rope.freqs_sin[:, ::2], self.feat_rope.freqs_cos[:, ::2])  # (N, head_dim / 2)
         for block in self.blocks:
             x = block(x, conditions, rope, rows)
         x = self.final_layer(x, conditions, rows)  # (B, N, p*p*d)
@@ -243,11 +233,9 @@ def time_grid(points, shift=1.0):
 
 def integrate(velocity, x, times, method="euler", jumps=()):
     """Solve dx/dt = velocity(x, k) at times[k] from times[0] to times[-1], in fp32.
-
     method: "euler", "heun" (2 evaluations a step) or, for few steps, "adams" (Adams-Bashforth of order 3 on
     uneven steps, 1 evaluation). jumps: the k from which on velocity is another function (guidance on or off):
-    adams, which looks back, starts anew there, by a step of Heun's.
-    """
+    adams, which looks back, starts anew there, by a step of Heun's."""
     past = []  # last times and velocities
     for k in range(len(times) - 1):
         h = times[k + 1] - times[k]
@@ -275,11 +263,9 @@ def guide(conditional, unconditional, guidance, channels=None):
 def sample(model, noise, labels, steps=250, method="euler", shift=1.0, guidance=1.0, interval=(0.0, 1.0),
            channels=None):
     """Normalised latents (B, d, h, w) from noise of that shape and labels (B,).
-
     steps: points of the time grid, one more than integration steps (the authors' count). guidance > 1 acts at
     times interval[0] <= t <= interval[1]; elsewhere the null branch is not computed. Embeddings are computed
-    once, and modulations once for each step and class that occurs.
-    """
+    once, and modulations once for each step and class that occurs."""
     if method not in METHODS or steps < 2:
         raise ValueError(f"method {method!r}, steps {steps}: not of {', '.join(METHODS)}, or under 2 points")
     times = time_grid(steps, shift)
@@ -312,9 +298,7 @@ def noise_and_labels(indices, seed, shape, num_classes):
 @torch.no_grad()
 def generate(model, tokenizer, stats, noise, labels, bf16=True, **sampling):
     """Pixels in [0, 1] (b, 3, H, W) from noise (b, d, h, w) and labels (b,); decoded in fp32.
-
-    stats: (mean, std) of the latents; sampling: see SAMPLING.
-    """
+    stats: (mean, std) of the latents; sampling: see SAMPLING."""
     device, (mean, std) = model.pos_embed.device, stats
     with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
         latents = sample(model, noise.to(device), labels.to(device), **sampling)

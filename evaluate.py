@@ -3,7 +3,7 @@ Everything that is measured, and every picture.
 
 The tokenizer of `python train_tokenizer.py` and, if there is one, the DiT of `python train_dit.py`:
     python evaluate.py
-Any tokenizer on any data; several ranks (torchrun --nproc_per_node=8 evaluate.py ...) give the same numbers:
+Any tokenizer on any data; several ranks (torchrun --nproc_per_node=8 ...) give the same numbers:
     python evaluate.py --tokenizer MiniMaxAI/VTP-Large-f16d64 --data imagenet/train \\
         --val_data imagenet/val --n_val 50000
 Samples, a folder or a .npz with arr_0, against a reference (the same, or the statistics of an ADM batch):
@@ -12,16 +12,16 @@ One's own images through a tokenizer; the paper's figures for several runs:
     python evaluate.py --images my_photos
     python evaluate.py --plot runs/tokenizer runs/ae
 
-It prints a table and leaves results.json and pictures in --out. Each rank reads and measures its share.
+It prints a table and leaves results.json and pictures in --out.
 """
-import argparse
 import hashlib
 import itertools
 import json
 import math
 import os
-import struct
 import zipfile
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 
@@ -42,19 +42,18 @@ from vtp import VTP, denormalize, download, find_checkpoint, normalize, write_at
 
 # ----- Metrics --------------------------------------------------------------------------------------------
 
-def psnr(images, references, data_range=1.0):
-    """Peak signal-to-noise ratio in dB: two batches (B, C, H, W) from 0 to data_range -> (B,)."""
+def psnr(images, references):
+    """Peak signal-to-noise ratio in dB: two batches (B, C, H, W) in [0, 1] -> (B,)."""
     mse = ((images.float() - references.float()) ** 2).flatten(1).mean(dim=1)
-    return 10 * torch.log10(data_range ** 2 / mse)
+    return 10 * torch.log10(1 / mse)
 
 
 def ssim(images, references, data_range=1.0, window=11, sigma=1.5):
     """Structural similarity (Wang et al. 2004): two batches (B, C, H, W) from 0 to data_range -> (B,).
-    The mean over channels and Gaussian windows inside the image; K1 = 0.01, K2 = 0.03; in float64, because
-    E[x^2] - E[x]^2 cancels. ValueError: shapes differ, or an image is below the window."""
+    The mean over channels and Gaussian windows inside the image; in float64, as E[x^2] - E[x]^2 cancels."""
     if images.shape != references.shape or images.ndim != 4 or min(images.shape[-2:]) < window:
-        raise ValueError(f"SSIM compares (B, C, H, W) with as many, at least {window} px high and wide: "
-                         f"got {tuple(images.shape)} and {tuple(references.shape)}")
+        raise ValueError(f"SSIM needs two (B, C, H, W) of at least {window} px: "
+                         f"got {images.shape} and {references.shape}")
     weights = torch.exp(-0.5 * ((torch.arange(window).double() - window // 2) / sigma) ** 2)
     weights = (weights / weights.sum()).to(images.device)
 
@@ -81,9 +80,8 @@ def mean_and_covariance(features):
 def load_statistics(path):
     """An .npz of pytorch-fid or ADM -> dict of float64 mu, sigma and, where present, mu_s and sigma_s."""
     with np.load(path) as archive:
-        missing = " and ".join(k for k in ("mu", "sigma") if k not in archive)
-        if missing:
-            raise ValueError(f"{path} holds no statistics: {missing} missing in {', '.join(archive.files)}")
+        if not {"mu", "sigma"} <= set(archive.files):
+            raise ValueError(f"{path} holds no statistics mu and sigma, but {', '.join(archive.files)}")
         return {k: archive[k].astype(np.float64) for k in ("mu", "sigma", "mu_s", "sigma_s") if k in archive}
 
 
@@ -91,11 +89,10 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
     """Squared Frechet distance of two Gaussians; the FID, if of Inception's pool3 (Heusel et al. 2017).
     |mu1 - mu2|^2 + tr(sigma1 + sigma2 - 2 (sigma1 sigma2)^1/2) of mu (D,), sigma (D, D) -> float, at least 0.
     The trace of the root is the sum of the singular values of A1^T A2, where sigma = A A^T: accurate also for
-    few samples, which a matrix root is not. ValueError: shapes differ, or something is not finite."""
+    few samples, which a matrix root is not."""
     mu1, sigma1, mu2, sigma2 = (np.asarray(x, np.float64) for x in (mu1, sigma1, mu2, sigma2))
     if mu1.shape != mu2.shape or sigma1.shape != sigma2.shape or sigma1.shape != 2 * mu1.shape:
-        raise ValueError("statistics of different features: of shapes "
-                         f"{mu1.shape}, {sigma1.shape} and {mu2.shape}, {sigma2.shape}")
+        raise ValueError(f"different features: {mu1.shape}, {sigma1.shape} and {mu2.shape}, {sigma2.shape}")
     if not all(np.isfinite(x).all() for x in (mu1, sigma1, mu2, sigma2)):
         raise ValueError("statistics with NaN or infinity have no Frechet distance: look for broken images")
 
@@ -110,8 +107,7 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
 
 def inception_score(logits, splits=10):
     """exp of the mean KL divergence of p(class | image) from p(class) (Salimans et al. 2016).
-    Logits (n, K) -> mean and standard deviation over consecutive splits (ADM: 10 of 5,000 images).
-    ValueError: fewer images than splits, or logits that are not finite."""
+    Logits (n, K) -> mean and standard deviation over consecutive splits (ADM: 10 of 5,000 images)."""
     n, scores = len(logits), []
     if n < splits or not torch.isfinite(logits).all():
         raise ValueError(f"{splits} splits need as many images with finite logits: got {n}")
@@ -126,12 +122,10 @@ def inception_score(logits, splits=10):
 def precision_recall(real_features, fake_features, k=3, n_rows=512):
     """Improved precision and recall (Kynkaanniemi et al. 2019): (n, D), (m, D) on one device -> two floats.
     The share of fakes in a ball of a real point, and of real points in a ball of a fake; a ball reaches to
-    the point's k-th nearest other of its set. n_rows rows at a time, in float64, as float32 cancels (ADM's
-    tool takes float16). ValueError: at most k features, or of different sizes."""
+    the point's k-th nearest other of its set. n_rows at a time, in float64, as float32 cancels."""
     real, fake = real_features.double(), fake_features.double()
     if real.ndim != 2 or real.shape[1:] != fake.shape[1:] or min(len(real), len(fake)) <= k:
-        raise ValueError(f"precision and recall with k = {k} need two sets of more than {k} features of one "
-                         f"size: got {tuple(real.shape)} and {tuple(fake.shape)}")
+        raise ValueError(f"not two sets of more than {k} features of one size: {real.shape}, {fake.shape}")
 
     def distances(a, b):  # squared; within rounding of 0 means 0, so that a copy lies on its original
         norms = (a ** 2).sum(dim=1)[:, None] + (b ** 2).sum(dim=1)
@@ -140,24 +134,21 @@ def precision_recall(real_features, fake_features, k=3, n_rows=512):
 
     def share_inside(points, centres):
         # the nearest is the point itself
-        radii = [distances(rows, centres).kthvalue(k + 1, dim=1).values for rows in centres.split(n_rows)]
-        radii = torch.cat(radii)
+        radii = torch.cat([distances(rows, centres).kthvalue(k + 1).values for rows in centres.split(n_rows)])
         inside = [(distances(rows, centres) <= radii).any(dim=1) for rows in points.split(n_rows)]
         return torch.cat(inside).double().mean().item()
     return share_inside(fake, real), share_inside(real, fake)
 
 
 def retrieval(image_features, text_features, captions):
-    """Image-text retrieval, top-1: L2-normalised features (n, D) of the same samples -> dict of shares.
-    Captions may repeat, and a hit is any sample with the right one. retrieval_chance: a random pick's hits.
-    """
+    """Image-text retrieval, top-1: L2-normalised features (n, D), float32, of the same samples -> shares.
+    Captions may repeat: a hit is any sample with the right one. retrieval_chance: of a random pick."""
     numbers = {caption: i for i, caption in enumerate(captions)}
     ids = torch.tensor([numbers[caption] for caption in captions], device=image_features.device)
 
     def hits(queries, others):
         best = torch.cat([(rows @ others.T).argmax(dim=1) for rows in queries.split(1024)])
         return (ids[best] == ids).float().mean().item()
-    image_features, text_features = image_features.float(), text_features.float()
     return dict(image_to_text=hits(image_features, text_features),
                 text_to_image=hits(text_features, image_features),
                 retrieval_chance=(ids.bincount().double() / len(ids)).square().sum().item())
@@ -179,12 +170,6 @@ def knn_predict(train_features, train_labels, features, k=20, temperature=0.07):
     return torch.cat(votes).argmax(dim=1)
 
 
-def accuracy_interval(accuracy, n):
-    """Half the width of Wilson's 95 % interval of an accuracy in [0, 1] on n samples."""
-    z = 1.96
-    return z / (1 + z ** 2 / n) * math.sqrt(accuracy * (1 - accuracy) / n + z ** 2 / (4 * n ** 2))
-
-
 # ----- The FID network: TensorFlow's Inception-v3 of 2015-12-05, as ported by pytorch-fid -----------------
 
 INCEPTION_URL = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
@@ -201,8 +186,7 @@ class ConvUnit(nn.Module):
     """Convolution without bias, batch norm, ReLU. same: padding keeps the size, but for stride 2."""
     def __init__(self, in_channels, out_channels, kernel, stride=1, same=True):
         super().__init__()
-        kernel = (kernel, kernel) if isinstance(kernel, int) else kernel
-        padding = [k // 2 for k in kernel] if same and stride == 1 else 0
+        padding = "same" if same and stride == 1 else 0
         self.conv = nn.Conv2d(in_channels, out_channels, kernel, stride, padding, bias=False)
         self.bn = nn.BatchNorm2d(out_channels, eps=1e-3)
 
@@ -235,37 +219,22 @@ class MixedBlock(nn.Module):
         return torch.cat(list(self.parts(x)), dim=1)
 
 
-def Mixed35(width, pooled):
-    """Mixed_5b, 5c, 5d: (B, width, 35, 35) -> (B, 224 + pooled, 35, 35)."""
+def Mixed35(width, pooled):  # 5b, 5c, 5d: (B, width, 35, 35) -> (B, 224 + pooled, 35, 35)
     return MixedBlock(width, average_pool, branch1x1=[(64, 1)], branch5x5=[(48, 1), (64, 5)],
                       branch3x3dbl=[(64, 1), (96, 3), (96, 3)], branch_pool=[(pooled, 1)])
 
 
-def Mixed6a():
-    """(B, 288, 35, 35) -> (B, 768, 17, 17)."""
-    return MixedBlock(288, shrinking_pool, branch3x3=[(384, 3, 2)],
-                      branch3x3dbl=[(64, 1), (96, 3), (96, 3, 2)], branch_pool=[])
-
-
-def Mixed17(c):
-    """Mixed_6b to 6e: (B, 768, 17, 17) -> the same, with c channels inside."""
+def Mixed17(c):  # 6b to 6e: (B, 768, 17, 17) -> the same, with c channels inside
     return MixedBlock(768, average_pool, branch1x1=[(192, 1)], branch7x7=[(c, 1), (c, (1, 7)), (192, (7, 1))],
                       branch7x7dbl=[(c, 1), (c, (7, 1)), (c, (1, 7)), (c, (7, 1)), (192, (1, 7))],
                       branch_pool=[(192, 1)])
 
 
-def Mixed7a():
-    """(B, 768, 17, 17) -> (B, 1280, 8, 8)."""
-    return MixedBlock(768, shrinking_pool, branch3x3=[(192, 1), (320, 3, 2)],
-                      branch7x7x3=[(192, 1), (192, (1, 7)), (192, (7, 1)), (192, 3, 2)], branch_pool=[])
-
-
-class Mixed8(MixedBlock):
-    """Mixed_7b, 7c: (B, width, 8, 8) -> (B, 2048, 8, 8). pool: average_pool or max_pool."""
+class Mixed8(MixedBlock):  # 7b, 7c: (B, width, 8, 8) -> (B, 2048, 8, 8)
     def __init__(self, width, pool):
         super().__init__(width, pool, branch1x1=[(320, 1)], branch3x3_1=[(384, 1)],
                          branch3x3dbl=[(448, 1), (384, 3)], branch_pool=[(192, 1)])
-        for name in ("branch3x3_2", "branch3x3dbl_3"):      # two units side by side
+        for name in ("branch3x3_2", "branch3x3dbl_3"):  # two units side by side
             self.add_module(f"{name}a", ConvUnit(384, 384, (1, 3)))
             self.add_module(f"{name}b", ConvUnit(384, 384, (3, 1)))
 
@@ -278,8 +247,7 @@ class Mixed8(MixedBlock):
 class InceptionFID(nn.Module):
     """The frozen network of FID, sFID and the Inception score, with the tensor names of pytorch-fid.
     weights: "auto" fetches the published file, a path is that file, None leaves the layers random, for tests.
-    ADM's own tool scales images differently: do not mix statistics of the two. FileNotFoundError,
-    RuntimeError: no such file, or it does not fit."""
+    ADM's own tool scales images differently: do not mix statistics of the two."""
     def __init__(self, weights="auto"):
         super().__init__()
         self.Conv2d_1a_3x3 = ConvUnit(3, 32, 3, stride=2)
@@ -288,8 +256,12 @@ class InceptionFID(nn.Module):
         self.Conv2d_3b_1x1 = ConvUnit(64, 80, 1)
         self.Conv2d_4a_3x3 = ConvUnit(80, 192, 3, same=False)
         self.Mixed_5b, self.Mixed_5c, self.Mixed_5d = Mixed35(192, 32), Mixed35(256, 64), Mixed35(288, 64)
-        self.Mixed_6a, self.Mixed_6b, self.Mixed_6c = Mixed6a(), Mixed17(128), Mixed17(160)
-        self.Mixed_6d, self.Mixed_6e, self.Mixed_7a = Mixed17(160), Mixed17(192), Mixed7a()
+        self.Mixed_6a = MixedBlock(288, shrinking_pool, branch3x3=[(384, 3, 2)],
+                                   branch3x3dbl=[(64, 1), (96, 3), (96, 3, 2)], branch_pool=[])
+        self.Mixed_6b, self.Mixed_6c, self.Mixed_6d, self.Mixed_6e = map(Mixed17, (128, 160, 160, 192))
+        self.Mixed_7a = MixedBlock(
+            768, shrinking_pool, branch3x3=[(192, 1), (320, 3, 2)],
+            branch7x7x3=[(192, 1), (192, (1, 7)), (192, (7, 1)), (192, 3, 2)], branch_pool=[])
         self.Mixed_7b = Mixed8(1280, average_pool)
         self.Mixed_7c = Mixed8(2048, max_pool)  # a max pool, as in the graph of 2015
         self.fc = nn.Linear(2048, 1008)
@@ -297,15 +269,13 @@ class InceptionFID(nn.Module):
             path = os.path.join(torch.hub.get_dir(), "checkpoints", os.path.basename(INCEPTION_URL))
             weights = download(INCEPTION_URL, path, INCEPTION_SHA256)
         if weights is not None:
-            if not os.path.isfile(weights):
-                raise FileNotFoundError(f"no Inception weights at {weights}: get {INCEPTION_URL}")
             self.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
         self.requires_grad_(False).eval().to(memory_format=torch.channels_last)
 
     def prepare(self, images):
         """(B, 3, H, W), uint8 or float in [0, 1] -> (B, 3, 299, 299) in [-1, 1]; no antialiasing."""
         pixels = images.float() if images.is_floating_point() else images.float() / 255
-        pixels = F.interpolate(pixels, (299, 299), mode="bilinear", antialias=False)
+        pixels = F.interpolate(pixels, 299, mode="bilinear", antialias=False)
         return (2 * pixels - 1).contiguous(memory_format=torch.channels_last)
 
     @torch.no_grad()
@@ -315,78 +285,58 @@ class InceptionFID(nn.Module):
         them. logits: without the bias, as ADM takes the Inception score."""
         full_precision = torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=False)
         with torch.autocast(images.device.type, enabled=False), full_precision:
-            x = self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(self.prepare(images)))   # (B, 32, 147, 147)
-            x = shrinking_pool(self.Conv2d_2b_3x3(x))                          # (B, 64, 73, 73)
-            x = shrinking_pool(self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(x)))      # (B, 192, 35, 35)
-            x = self.Mixed_5d(self.Mixed_5c(self.Mixed_5b(x)))                 # (B, 288, 35, 35)
+            x = self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(self.prepare(images)))  # (B, 32, 147, 147)
+            x = shrinking_pool(self.Conv2d_2b_3x3(x))  # (B, 64, 73, 73)
+            x = shrinking_pool(self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(x)))  # (B, 192, 35, 35)
+            x = self.Mixed_5d(self.Mixed_5c(self.Mixed_5b(x)))  # (B, 288, 35, 35)
             x = self.Mixed_6d(self.Mixed_6c(self.Mixed_6b(self.Mixed_6a(x))))  # (B, 768, 17, 17)
-            spatial = x[:, :7].permute(0, 2, 3, 1).flatten(1)                  # (B, 17 * 17 * 7)
-            x = self.Mixed_7a(self.Mixed_6e(x))                                # (B, 1280, 8, 8)
-            pool3 = self.Mixed_7c(self.Mixed_7b(x)).mean(dim=(2, 3))           # (B, 2048)
-            logits = (pool3.double() @ self.fc.weight.double().T).float()      # float64 has no TF32
+            spatial = x[:, :7].permute(0, 2, 3, 1).flatten(1)  # (B, 17 * 17 * 7)
+            x = self.Mixed_7a(self.Mixed_6e(x))  # (B, 1280, 8, 8)
+            pool3 = self.Mixed_7c(self.Mixed_7b(x)).mean(dim=(2, 3))  # (B, 2048)
+            logits = (pool3.double() @ self.fc.weight.double().T).float()  # float64 has no TF32
         return pool3, spatial, logits
 
 
 # ----- Images from a folder or an .npz --------------------------------------------------------------------
-
-def _open_arr_0(path):
-    """arr_0 of an .npz, memory-mapped if it is not compressed: 50,000 images of 256 px are 10 GB."""
-    with np.load(path) as archive, open(path, "rb") as file:
-        if "arr_0" not in archive:
-            raise ValueError(f"{path} holds no images: no arr_0 in it, but {', '.join(archive.files)}")
-        entry = archive.zip.getinfo("arr_0.npy")
-        file.seek(entry.header_offset + 26)      # lengths of the name and the extra field, which follow
-        file.seek(sum(struct.unpack("<HH", file.read(4))), os.SEEK_CUR)
-        if entry.compress_type != zipfile.ZIP_STORED or np.lib.format.read_magic(file) != (1, 0):
-            return archive["arr_0"]
-        shape, is_fortran, dtype = np.lib.format.read_array_header_1_0(file)
-        return np.memmap(path, dtype, "r", file.tell(), shape, "F" if is_fortran else "C")
-
 
 class ImageSet:
     """Images, each uint8 (3, H, W): of a folder and its subfolders, by path, or arr_0 of an .npz.
     size: what data.load_canvas brings a folder's images to; default: as they are, without alpha.
     FileNotFoundError, ValueError: nothing is there, or no such images."""
     def __init__(self, where, size=None):
-        self.size, self.files, self.array = size, [], None
+        self.size = size
         if os.path.isdir(where):
             paths = (os.path.join(folder, name) for folder, _, names in os.walk(where, followlinks=True)
                      for name in names)
-            self.files = sorted(x for x in paths if x.rpartition(".")[2].lower() in IMAGE_EXTENSIONS)
-        elif not os.path.isfile(where):
-            raise FileNotFoundError(f"no folder of images and no .npz at {where}")
-        elif not zipfile.is_zipfile(where):
-            raise ValueError(f"{where} is neither a folder of images nor an .npz")
+            self.items = sorted(x for x in paths if x.rpartition(".")[2].lower() in IMAGE_EXTENSIONS)
+        elif zipfile.is_zipfile(where):
+            with np.load(where) as archive:
+                self.items = archive["arr_0"]
+            if self.items.dtype != np.uint8 or self.items.shape[3:] != (3,):
+                raise ValueError(f"{where}: not uint8 (N, H, W, 3) but {self.items.dtype} {self.items.shape}")
         else:
-            self.array = _open_arr_0(where)
-            shape, dtype = self.array.shape, self.array.dtype
-            if dtype != np.uint8 or len(shape) != 4 or shape[-1] != 3:
-                raise ValueError(f"arr_0 of {where} must be uint8 (N, H, W, 3): it is {dtype} {shape}")
+            raise FileNotFoundError(f"no folder of images and no .npz at {where}")
         if not len(self):
-            raise ValueError(f"{where} holds no images ({', '.join(IMAGE_EXTENSIONS)}, or rows of arr_0)")
+            raise ValueError(f"{where} holds no images")
 
     def __len__(self):
-        return len(self.files) if self.array is None else len(self.array)
+        return len(self.items)
 
     def __getitem__(self, index):
-        if self.array is not None:
-            return torch.tensor(self.array[index].transpose(2, 0, 1))
+        item = self.items[index]
+        if isinstance(item, np.ndarray):
+            return torch.tensor(item.transpose(2, 0, 1))
         try:
             if self.size:
-                return torch.tensor(load_canvas(self.files[index], self.size))
-            with Image.open(self.files[index]) as image:
+                return torch.tensor(load_canvas(item, self.size))
+            with Image.open(item) as image:
                 return torch.tensor(np.asarray(image.convert("RGB")).transpose(2, 0, 1))
         except Exception as error:  # Pillow's decoders raise almost anything on a broken file
-            raise ValueError(f"{self.files[index]} is not an image that can be read: {error}") from error
+            raise ValueError(f"{item} is not an image that can be read: {error}") from error
 
     def batch(self, numbers):
-        """-> uint8 (n, 3, H, W). ValueError: they are of different sizes."""
-        images = [self[i] for i in numbers]
-        for i, image in zip(numbers, images):
-            if image.shape != images[0].shape:
-                sizes = " and ".join(f"{x.shape[2]} x {x.shape[1]}" for x in (image, images[0]))
-                raise ValueError(f"{self.files[i]} and {self.files[numbers[0]]} are {sizes}, not of one size")
-        return torch.stack(images)
+        """-> uint8 (n, 3, H, W). RuntimeError: they are of different sizes."""
+        return torch.stack([self[i] for i in numbers])
 
 
 # ----- Understanding: zero-shot classes and the linear probe ----------------------------------------------
@@ -394,9 +344,8 @@ class ImageSet:
 @torch.no_grad()
 def class_embeddings(model, class_names, templates, tokenize, batch_size=256):
     """(n_classes, D), L2-normalised: text features of every template, averaged, normalised again (CLIP)."""
-    without = [t for t in templates if "{}" not in t]
-    if without or not templates:
-        raise ValueError(f"a template must hold {{}}, where the class name goes; without: {without or 'all'}")
+    if not templates or not all("{}" in t for t in templates):
+        raise ValueError(f"every template must hold {{}}, where the class name goes: got {templates}")
     texts = [t.format(name) for name in class_names for t in templates]
     tokens = tokenize(texts, model.config.text_context_length).to(model.token_embedding.weight.device)
     features = torch.cat([model.encode_text(part).float() for part in tokens.split(batch_size)])
@@ -407,15 +356,17 @@ def zero_shot(model, image_features, labels, class_names, templates, tokenize):
     """Zero-shot classification (CLIP) -> dict of shares; top-5 if there are more than 5 classes.
     image_features (n, text_embed_dim) as encode_image gives them; labels int64 (n,), numbers of class_names.
     zero_shot_interval: half of Wilson's 95 % interval of top-1."""
+    from scipy.stats import binomtest
     low, high, n_classes = int(labels.min()), int(labels.max()), len(class_names)
     if low < 0 or high >= n_classes:
         raise ValueError(f"labels are {low} to {high}, and there are {n_classes} class names")
     classes = class_embeddings(model, class_names, templates, tokenize)  # (n_classes, D)
     best = (image_features.to(classes) @ classes.T).topk(min(5, n_classes), dim=1).indices
     hits = (best == labels.to(best)[:, None]).float()
-    top1, top5 = hits[:, 0].mean().item(), hits.sum(dim=1).mean().item()
-    return dict(zero_shot_top1=top1, zero_shot_interval=accuracy_interval(top1, len(labels)),
-                zero_shot_chance=1 / n_classes, **(dict(zero_shot_top5=top5) if n_classes > 5 else {}))
+    interval = binomtest(int(hits[:, 0].sum()), len(hits)).proportion_ci(method="wilson")
+    row = dict(zero_shot_top1=hits[:, 0].mean().item(), zero_shot_interval=(interval.high - interval.low) / 2,
+               zero_shot_chance=1 / n_classes)
+    return row | dict(zero_shot_top5=hits.sum(dim=1).mean().item()) if n_classes > 5 else row
 
 
 PROBE_RATES = tuple(m * 10.0 ** e for e in range(-5, -1) for m in (1, 2, 5)) + (0.1,)  # DINOv2's 13
@@ -430,13 +381,13 @@ def train_probes(features, labels, n_classes, rates, n_steps, seed=0):
     n, (mean, std) = len(features), moments(features)
     batch_size = min(1024, max(n // 16, 32))
     generator = step_generator(seed, 0, features.device)
-    rates = torch.tensor(rates, device=features.device)[:, None] * batch_size / 256       # (G, 1)
+    rates = torch.tensor(rates, device=features.device)[:, None] * batch_size / 256  # (G, 1)
     weight, bias = (features.new_zeros(d, len(rates), n_classes) for d in (features.shape[1], 1))
     velocities = [torch.zeros_like(weight), torch.zeros_like(bias)]
     for step in range(n_steps):
         rows = torch.randint(n, (batch_size,), generator=generator, device=features.device)
-        x = (features[rows] - mean) / std                                                 # (b, D)
-        logits = (x @ weight.flatten(1)).unflatten(1, weight.shape[1:]) + bias            # (b, G, C)
+        x = (features[rows] - mean) / std  # (b, D)
+        logits = (x @ weight.flatten(1)).unflatten(1, weight.shape[1:]) + bias  # (b, G, C)
         error = logits.softmax(dim=-1) - F.one_hot(labels[rows], n_classes)[:, None]
         gradients = (x.T @ error.flatten(1)).view_as(weight) / batch_size, error.mean(dim=0, keepdim=True)
         decay = 0.5 * (1 + math.cos(math.pi * step / n_steps))
@@ -483,7 +434,6 @@ class Judge(nn.Module):
     Its features stand in for Inception's where that is foreign to the data; its classes tell whether a sample
     shows what its label says. It learns from degraded images, so that it answers to content and is blind to
     blur. accuracy: on images that it has not learned from."""
-
     SIDE = 64
     LAYERS = ((48, 5, 2), (96, 3, 2), (96, 3, 1), (192, 3, 2), (192, 3, 1), (256, 3, 2), (256, 3, 1))
 
@@ -498,13 +448,12 @@ class Judge(nn.Module):
 
     def forward(self, pixels):
         """Pixels in [0, 1] (B, 3, H, W) -> features (B, 256), logits (B, n)."""
-        pixels = F.interpolate(pixels, (self.SIDE, self.SIDE), mode="bilinear", antialias=True)
+        pixels = F.interpolate(pixels, self.SIDE, mode="bilinear", antialias=True)
         features = self.body(normalize(pixels).contiguous(memory_format=torch.channels_last)).mean(dim=(2, 3))
         return features, self.head(features)
 
     @torch.no_grad()
-    def classify(self, pixels):
-        """-> predicted classes (B,)."""
+    def classify(self, pixels):  # -> (B,)
         return self(pixels)[1].argmax(dim=1)
 
 
@@ -534,7 +483,7 @@ def train_judge(images, labels, n_classes, device, seed=0, n_steps=200, batch_si
         pixels = judge_view(images[rows].to(device), generator)
         with torch.autocast(device.type, torch.bfloat16):
             loss = F.cross_entropy(judge(pixels)[1].float(), labels[rows].to(device), label_smoothing=0.1)
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
@@ -603,9 +552,8 @@ def reconstruct(model, pixels, latents=None, lpips=None):
 
 def fid_features(network, images):
     """uint8 images (B, 3, H, W) -> {pool (B, D), logits (B, K)} and, of Inception, spatial (B, 2023)."""
-    if isinstance(network, InceptionFID):
-        return dict(zip(("pool", "spatial", "logits"), network(images)))
-    return dict(zip(("pool", "logits"), network(images.float() / 255)))
+    names = ("pool", "spatial", "logits") if isinstance(network, InceptionFID) else ("pool", "logits")
+    return dict(zip(names, network(images.float() / 255)))
 
 
 @dataclass
@@ -614,8 +562,8 @@ class Subject:
     model: VTP
     tokenize: object = None  # of texts, if the model has a text tower
     size: int | None = None  # of images; None: the model's own
-    bf16: bool = False       # under autocast, as in training
-    n_layers: int = 4        # for DINO-style probes; 1: probe the latents alone
+    bf16: bool = False  # under autocast, as in training
+    n_layers: int = 4  # for DINO-style probes; 1: probe the latents alone
     network: nn.Module | None = None
     lpips: nn.Module | None = None
     class_names: list | None = None
@@ -624,7 +572,7 @@ class Subject:
     @torch.no_grad()
     def features(self, canvases, captions, labels, is_training_set=False):
         """uint8 canvases (B, 3, C, C), captions, labels (B,) -> {name: (B, ...)}: what figures are made of.
-        Of training images: what probes learn from, and the reference of generated ones."""
+        Of training images: for probes, and as a reference."""
         model, config, device = self.model, self.model.config, self.model.trunk.cls_token.device
         canvases = canvases.to(device)
         pixels = to_image_size(canvases, self.size or config.image_size)
@@ -635,7 +583,7 @@ class Subject:
                 return features | (fid_features(self.network, canvases) if self.network else {})
             if config.train_reconstruction:
                 latents = model.to_latents(patches, *pixels.shape[-2:])
-                reconstructions, measured = reconstruct(model, pixels, latents, self.lpips)
+                rebuilt, measured = reconstruct(model, pixels, latents, self.lpips)
                 features.update(measured)
             if self.tokenize:
                 tokens = self.tokenize(captions, config.text_context_length).to(device)
@@ -645,7 +593,7 @@ class Subject:
                 ids = [int(hashlib.sha256(caption.encode()).hexdigest()[:14], 16) for caption in captions]
                 features["caption_ids"] = torch.tensor(ids)
         if config.train_reconstruction and self.network:  # both in 8 bits, truncated (the authors)
-            for name, images in (("real", canvases), ("rec", to_uint8(reconstructions))):
+            for name, images in (("real", canvases), ("rec", to_uint8(rebuilt))):
                 features.update({f"{name}_{k}": x for k, x in fid_features(self.network, images).items()})
         return features
 
@@ -659,11 +607,11 @@ def collect_features(subject, samples, batch_size=128, name=None, is_training_se
 
 
 def measure(subject, held_out, gallery, seed=0, **options):
-    """All that is measured of a tokenizer, in training and by the command -> figures, features of both sets.
-    held_out, gallery (of the training set, from which probes learn): each rank's share of images uint8 (m, 3,
-    C, C), captions, labels int64 (m,), -1 where there is none. options: of collect. Figures: psnr (dB), ssim,
-    lpips, rfid, rsfid, those of retrieval, zero_shot and linear_probe, knn, chance. Probes and k-NN are of
-    the mean latent, or of the features in their name."""
+    """All that is measured of a tokenizer, in training and here -> figures, features of both sets.
+    held_out, gallery (training images, for probes): each rank's share of images uint8 (m, 3, C, C), captions,
+    labels int64 (m,), -1 where there is none. options: of collect. Figures: psnr (dB), ssim, lpips, rfid,
+    rsfid, those of retrieval, zero_shot and linear_probe, knn, chance. Probes and k-NN are of the mean
+    latent, or of the features in their name."""
     device = subject.model.trunk.cls_token.device
     test = collect_features(subject, held_out, **options)
     train = collect_features(subject, gallery, is_training_set=True, **options)
@@ -701,10 +649,10 @@ def compare_samples(fake, reference):
     splits = min(10, len(fake["logits"]))
     row = dict(zip(("inception_score", "inception_score_std"), inception_score(fake["logits"], splits)))
     for name, figure, mu, sigma in (("pool", "gfid", "mu", "sigma"), ("spatial", "sfid", "mu_s", "sigma_s")):
-        if name in fake and (name in reference or mu in reference):
-            other = (reference.get(mu), reference.get(sigma))
-            if name in reference:
-                other = mean_and_covariance(reference[name])
+        other = reference.get(mu), reference.get(sigma)
+        if name in reference:
+            other = mean_and_covariance(reference[name])
+        if name in fake and other[0] is not None:
             row[figure] = frechet_distance(*mean_and_covariance(fake[name]), *other)
     if "pool" in reference:
         row["precision"], row["recall"] = precision_recall(reference["pool"], fake["pool"])
@@ -725,13 +673,13 @@ def features_of_set(where, network, device, batch_size):
 def read_latent_stats(path):
     """A file {'mean', 'std'} of shape (1, d, 1, 1), as LightningDiT writes it -> the two tensors, fp32."""
     stats = torch.load(path, map_location="cpu", weights_only=True)
-    if not isinstance(stats, dict) or not {"mean", "std"} <= set(stats) or stats["mean"].ndim != 4:
-        raise ValueError(f"{path} holds no latent statistics: {{'mean', 'std'}} of shape (1, d, 1, 1)")
+    if not {"mean", "std"} <= set(stats) or stats["mean"].ndim != 4:
+        raise ValueError(f"{path} holds no latent statistics, mean and std of shape (1, d, 1, 1)")
     return stats["mean"].float(), stats["std"].float()
 
 
 def sample_picture(model, tokenizer, stats, class_names, seed, per_class=8, most_classes=12, **sampling):
-    """A named row of samples of each of the first classes, at every call from one noise -> Pillow image."""
+    """A named row of samples of each of the first classes, always from the same noise -> Pillow image."""
     n = min(model.num_classes, most_classes)
     noise, _ = noise_and_labels(range(n * per_class), seed, model.latent_shape, 1)
     labels = torch.arange(n).repeat_interleave(per_class)
@@ -750,8 +698,7 @@ def to_image_size(canvases, size):
     return resample(pixels, whole, size).clamp(0, 1)
 
 
-def to_uint8(pixels):
-    """[0, 1] -> uint8, truncated as the authors' code does."""
+def to_uint8(pixels):  # of [0, 1]; truncated as the authors' code does
     return (pixels * 255).to(torch.uint8)
 
 
@@ -799,8 +746,8 @@ def reconstruction_picture(model, images, per_row=12, size=None):
 def principal_colours(latents, percent=1.0):
     """Latents (B, d, h, w), d >= 3 -> three principal components as colours (B, 3, h, w) in [0, 1].
     A component is 0 at its percentile `percent` and 1 at 100 - percent; its largest weight is positive."""
-    places = latents.double().movedim(1, -1)                                    # (B, h, w, d)
-    centred = places.flatten(0, 2) - places.flatten(0, 2).mean(dim=0)           # (B h w, d)
+    places = latents.double().movedim(1, -1)  # (B, h, w, d)
+    centred = places.flatten(0, 2) - places.flatten(0, 2).mean(dim=0)  # (B h w, d)
     axes = torch.linalg.eigh(centred.T @ centred).eigenvectors[:, -3:].flip(1)  # (d, 3), largest first
     axes = axes * axes.gather(0, axes.abs().argmax(dim=0, keepdim=True)).sign()
     values = (centred @ axes).cpu().numpy()
@@ -836,8 +783,8 @@ def nice_ticks(low, high, n=5):
 
 
 def draw_chart(lines, title, x_label="", y_label="", log_x=False, size=(440, 300)):
-    """Lines {name: (xs, ys)}, xs rising (and positive for log_x) -> Pillow image of that size in px.
-    Several lines get a legend below the title. A name that starts with "chance" is drawn thin and grey."""
+    """Lines {name: (xs, ys)}, xs rising (and positive for log_x) -> Pillow image.
+    Several lines get a legend. A name that starts with "chance" is drawn thin and grey."""
     image = Image.new("RGB", size, "white")
     draw, left, top, right, bottom = ImageDraw.Draw(image), 52, 34, size[0] - 16, size[1] - 40
     draw.font, grey = ImageFont.load_default(11), "#555555"
@@ -883,23 +830,17 @@ def draw_chart(lines, title, x_label="", y_label="", log_x=False, size=(440, 300
 
 
 def chart_sheet(charts, columns):
-    """Charts of one size, row by row on a white sheet of at most that many columns -> Pillow image."""
-    columns, (width, height) = min(columns, len(charts)), charts[0].size
-    sheet = Image.new("RGB", (columns * width, math.ceil(len(charts) / columns) * height), "white")
-    for i, chart in enumerate(charts):
-        sheet.paste(chart, (i % columns * width, i // columns * height))
-    return sheet
+    """Charts of one size, row by row, at most `columns` in a row -> Pillow image."""
+    images = torch.stack([torch.from_numpy(np.array(chart)).movedim(-1, 0) / 255 for chart in charts])
+    return image_grid(images.split(columns), scale=1, gap=0)
 
 
 def read_metrics(run):
-    """The rows of a run's metrics.jsonl, as far as a line that was cut off when the run was killed."""
+    """Rows of a run's metrics.jsonl, up to a line that was cut off when the run was killed."""
     rows = []
-    with open(os.path.join(run, "metrics.jsonl"), encoding="utf-8") as file:
+    with open(os.path.join(run, "metrics.jsonl"), encoding="utf-8") as file, suppress(ValueError):
         for line in file:
-            try:
-                rows.append(json.loads(line))
-            except ValueError:
-                break
+            rows.append(json.loads(line))
     return rows
 
 
@@ -917,12 +858,11 @@ TRAINING_PANELS = (  # title, unit, {name on the chart: field}
                                      "chance": "retrieval_chance"}),
     ("class from latents", "top-1", {"linear": "linear_probe", "k-NN": "knn", "chance": "chance"}),
     ("teacher", "nats", {"entropy of its targets": "teacher_entropy",
-                         "chance (uniform)": "teacher_entropy_uniform"}),
-)
+                         "chance (uniform)": "teacher_entropy_uniform"}))
 
 
 def training_curves(run):
-    """A tokenizer's run against samples seen, from its metrics.jsonl -> Pillow image, no empty panels."""
+    """A tokenizer's run against samples seen -> Pillow image, without empty panels."""
     rows, charts = read_metrics(run), []
     for title, unit, fields in TRAINING_PANELS:
         lines = {name: measured_points(rows, "samples", field) for name, field in fields.items()}
@@ -937,14 +877,12 @@ PAPER_PANELS = (  # title, unit ({} is a row's fid_features), field, field of wh
     ("linear probe on latents", "top-1", "linear_probe", "chance"),
     ("zero-shot classes", "top-1", "zero_shot_top1", "zero_shot_chance"),
     ("image to text retrieval", "top-1", "image_to_text", "retrieval_chance"),
-    ("pixels", "PSNR, dB", "psnr", None),
-)
+    ("pixels", "PSNR, dB", "psnr", None))
 
 
 def plot_runs(runs):
     """The paper's figures: what was measured of runs (folders) against training FLOPs -> Pillow image.
-    A panel that no run has is left out; distances in features of different networks get panels of their own.
-    ValueError: there is no row of kind eval with flops."""
+    A panel that no run has is left out; distances in features of different networks get a panel each."""
     names = [os.path.basename(os.path.abspath(run)) for run in runs]
     names = [name if names.count(name) == 1 else run for name, run in zip(names, runs)]
     rows_of = {name: [row for row in read_metrics(run) if row["kind"] == "eval" and row.get("flops", 0) > 0]
@@ -954,7 +892,7 @@ def plot_runs(runs):
         def label(row):
             return unit.format(row.get("fid_features", "unnamed"))
         for y_label in sorted({label(row) for row in all_rows if row.get(field) is not None}):
-            # a run without points stays in, so that it has the same colour in every panel
+            # a run without points stays in, so that its colour is the same in every panel
             lines = {name: measured_points([row for row in rows if label(row) == y_label], "flops", field)
                      for name, rows in rows_of.items()}
             chance = measured_points(all_rows, "flops", chance_field)
@@ -962,64 +900,49 @@ def plot_runs(runs):
                 lines["chance"] = chance
             charts.append(draw_chart(lines, title, "training FLOPs", y_label, log_x=True))
     if not charts:
-        raise ValueError("nothing to plot: no row of kind eval with flops in metrics.jsonl of "
-                         f"{', '.join(map(str, runs))}; evaluate their tokenizers first")
+        raise ValueError(f"no row of kind eval with flops in {', '.join(runs)}: evaluate them first")
     return chart_sheet(charts, columns=2)
 
 
 # ----- The command ----------------------------------------------------------------------------------------
 
 def make_parser():
-    as_written = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=as_written)
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
 
     def option(name, help, default=None, type=str, **kwargs):
         group.add_argument(name, default=default, type=type, help=f"{help} [{default}]", **kwargs)
     group = parser.add_argument_group("what is measured")
     option("--tokenizer", "a run of train_tokenizer.py, a released folder, or a hub id", "runs/tokenizer")
-    option("--dit", "a run of train_dit.py, to sample from; default: runs/dit, if it is on --tokenizer")
+    option("--dit", "a run of train_dit.py; default: runs/dit, if it is on --tokenizer")
     option("--samples", "a folder of images or a .npz with arr_0, instead of --tokenizer and --dit")
     option("--images", "a folder of one's own images: their reconstructions alone")
-    option("--plot", "draw the paper's figures for these runs, and do nothing else", nargs="+")
-    group = parser.add_argument_group("data; by default what the run in --tokenizer was trained on")
-    option("--data", "training set: probes learn from it, samples are compared with it")
+    option("--plot", "draw the paper's figures for these runs alone", nargs="+")
+    group = parser.add_argument_group("data; default: what --tokenizer was trained on")
+    option("--data", "training set, for probes and as a reference")
     option("--val_data", "held-out set")
     option("--label", "tars: where the class is")
-    option("--classnames", "a file with a class name on each line")
-    option("--templates", "a file with a zero-shot template on each line; default: a few of ours")
+    option("--classnames", "a file of class names, a line each")
+    option("--templates", "a file of zero-shot templates, a line each; default: a few of ours")
     option("--train_size", "scenes in the built-in set", type=int)
     option("--bpe", "path of CLIP's vocabulary")
     option("--image_size", "side in pixels; default: the tokenizer's own", type=int)
     option("--n_val", "held-out images (paper: 50,000)", 2048, int)
     option("--n_train", "training images", 8192, int)
     option("--n_samples", "images generated by --dit (paper: 50,000; ablations: 10,000)", 1024, int)
-    option("--reference", "what samples are compared with, instead of training images: a folder, a .npz of "
-           "images (arr_0) or of statistics (mu, sigma)")
+    option("--reference", "for samples, in place of training images: a folder, a .npz of arr_0 or mu, sigma")
     group = parser.add_argument_group("how")
-    option("--fid_features", "inception: FID proper; judge: a classifier trained on the set, if that is "
-           "foreign to Inception; none. Default: judge for the built-in set, else inception",
-           choices=("inception", "judge", "none"))
-    option("--inception", "path of pt_inception-2015-12-05-6726825d.pth; auto fetches it", "auto")
+    option("--fid_features", "inception: FID proper; judge: a classifier trained on the set (default of the "
+           "built-in one, foreign to Inception); none", choices=("inception", "judge", "none"))
+    option("--inception", "path of its weights; auto fetches them", "auto")
     option("--lpips", "folder of its two files, auto fetches them; default: auto, none for the built-in set")
     option("--steps", "points of the sampler's grid; default, here and below: as of --dit", type=int)
     option("--method", "of the sampler", choices=METHODS)
     option("--shift", "of the sampler's times", type=float)
     option("--guidance", "of the sampler; 1: none", type=float)
-    option("--seed", "of samples, and of the split on which probes choose their rate", 0, int)
+    option("--seed", "of samples, and of the probes' split", 0, int)
     option("--batch_size", "images together on a rank", 128, int)
-    option("--out", "folder; default: evaluation/ in --tokenizer, or runs/evaluation")
+    option("--out", "default: evaluation/ in --tokenizer, or runs/evaluation")
     return parser
-
-
-def read_settings(argv=None):
-    """Arguments, completed from the runs they name; what is wrong with them ends the program here."""
-    parser = make_parser()
-    args = parser.parse_args(argv)
-    try:
-        complete(args)
-    except (ValueError, FileNotFoundError, RuntimeError) as error:
-        parser.error(str(error))
-    return args
 
 
 def recorded_arguments(run):
@@ -1031,37 +954,41 @@ def recorded_arguments(run):
         return json.load(f)["arguments"]
 
 
-def complete(args):
-    """Fill in what was not given. ValueError, FileNotFoundError: what to change."""
+def read_settings(argv=None):
+    """Arguments, completed from the runs they name; a wrong one ends the program here."""
+    parser = make_parser()
+    args = parser.parse_args(argv)
     is_local = os.path.isdir(args.tokenizer)
     belongs = is_local and not args.samples and not args.plot
-    args.out = args.out or (os.path.join(args.tokenizer, "evaluation") if belongs else "runs/evaluation")
-    for name in ("n_val", "n_train", "n_samples", "batch_size"):
-        if getattr(args, name) <= 0:
-            raise ValueError(f"--{name} {getattr(args, name)}: must be positive")
-    plots = [("plot", run, "metrics.jsonl") for run in args.plot or ()]
-    for name, run, file in [("dit", args.dit, "checkpoint.pt"), *plots]:
+    args.out = args.out or os.path.join(args.tokenizer if belongs else "runs", "evaluation")
+    if min(args.n_val, args.n_train, args.n_samples, args.batch_size) < 1:
+        parser.error("--n_val, --n_train, --n_samples and --batch_size must be positive")
+    for name, run, file in [("dit", args.dit, "checkpoint.pt"),
+                            *(("plot", run, "metrics.jsonl") for run in args.plot or ())]:
         if run is not None and not os.path.isfile(os.path.join(run, file)):
-            raise FileNotFoundError(f"--{name} {run}: no {file} there, so it is no such run")
+            parser.error(f"--{name} {run}: no {file} there, so it is no such run")
+    for name in ("images", "samples", "reference", "classnames", "templates", "lpips", "inception"):
+        path = getattr(args, name)
+        if path not in (None, "auto", "none") and not os.path.exists(path):
+            parser.error(f"--{name} {path}: no such place")
     if args.samples and args.fid_features == "none":
-        raise ValueError("--samples needs features to be compared in: --fid_features inception or judge")
+        parser.error("--samples needs --fid_features inception or judge")
     if args.samples and args.reference:
-        if args.fid_features not in (None, "inception"):
-            raise ValueError("--samples with --reference takes Inception features; for the judge's, "
-                             "leave --reference out and give --data")
+        if args.fid_features == "judge":
+            parser.error("--samples with --reference takes Inception features; for the judge's, give --data")
         args.fid_features = "inception"
     if args.plot or (args.samples and args.reference):
-        return
+        return args
     if args.tokenizer == "runs/tokenizer" and not is_local:
-        raise FileNotFoundError("no tokenizer in runs/tokenizer yet. First: python train_tokenizer.py")
+        parser.error("no tokenizer in runs/tokenizer yet. First: python train_tokenizer.py")
     if args.dit is None and os.path.isfile("runs/dit/checkpoint.pt"):
         args.dit = "runs/dit" if recorded_arguments("runs/dit").get("tokenizer") == args.tokenizer else None
     of_tokenizer, of_dit = recorded_arguments(args.tokenizer), recorded_arguments(args.dit)
     of_data = of_tokenizer if args.data is None else {}
-    is_built_in = args.data is None and of_data.get("data") is None
-    defaults = dict(
-        {name: of_dit.get(name) for name in (*SAMPLING, "precision")},
-        **{name: of_data.get(name) for name in ("data", "val_data", "classnames")},
+    is_built_in = not (args.data or of_data.get("data"))
+    defaults = {name: of_dit.get(name) for name in (*SAMPLING, "precision")}
+    defaults |= {name: of_data.get(name) for name in ("data", "val_data", "classnames")}
+    defaults |= dict(
         label=of_data.get("label", "cls"), bpe=of_tokenizer.get("bpe"),
         train_size=of_dit.get("train_size") or of_tokenizer.get("train_size") or 8192,
         fid_features="judge" if is_built_in else "inception",
@@ -1071,23 +998,21 @@ def complete(args):
         if getattr(args, name, None) is None:
             setattr(args, name, value)
     if not (is_built_in or args.val_data or args.images or args.samples):
-        raise ValueError("--data without --val_data: say which held-out images to measure on")
-    for path in (args.data, args.val_data):
-        if path is not None and not os.path.isdir(path):
-            data.find_tars(path)
-    for name in ("images", "classnames", "templates", "lpips", "inception"):
-        path = getattr(args, name)
-        if path not in (None, "auto", "none") and not os.path.exists(path):
-            raise FileNotFoundError(f"--{name} {path}: no such place")
+        parser.error("--data without --val_data: say which held-out images to measure on")
+    try:
+        for path in {args.data, args.val_data} - {None}:
+            if not os.path.isdir(path):
+                data.find_tars(path)
+    except FileNotFoundError as error:
+        parser.error(str(error))
+    return args
 
 
 def file_digest(folder):
     """A fingerprint of a tokenizer: of the bytes of its config and weights."""
     digest = hashlib.sha256()
     for name in ("config.json", "model.safetensors"):
-        with open(os.path.join(folder, name), "rb") as f:
-            while chunk := f.read(2 ** 24):
-                digest.update(chunk)
+        digest.update(np.memmap(os.path.join(folder, name), mode="r"))
     return digest.hexdigest()[:16]
 
 
@@ -1100,14 +1025,16 @@ def fetched(make, instead):
 
 
 def open_fid_network(args, source, n_classes, device):
-    """The network that Frechet distances are computed in, or None."""
+    """The network of Frechet distances, or None."""
     if args.fid_features == "inception":
         instead = ("take features of a classifier of your own data, which make no FID and are named so, "
                    "--fid_features judge, or leave these figures out, --fid_features none")
         return fetched(lambda: InceptionFID(args.inception), instead).to(device)
-    if args.fid_features == "judge" and n_classes == 0:
+    if args.fid_features == "none":
+        return None
+    if n_classes == 0:
         raise RuntimeError("a judge needs classes, and the data has none: --fid_features inception or none")
-    return open_judge(args.judge, source, n_classes, device) if args.fid_features == "judge" else None
+    return open_judge(args.judge, source, n_classes, device)
 
 
 def open_subject(args, device):
@@ -1120,35 +1047,39 @@ def open_subject(args, device):
 
 
 def measure_runs(args, device):
-    """--tokenizer and --dit, or --samples against the training set -> figures; pictures in --out."""
+    """--tokenizer and --dit, or --samples, against training images -> figures; pictures in --out."""
+    if args.samples and args.reference:
+        network = open_fid_network(args, None, 0, device)
+        return compare_samples(*(features_of_set(where, network, device, args.batch_size)
+                                 for where in (args.samples, args.reference)))
     subject = open_subject(args, device)
     model, size = subject.model, subject.size
     common = dict(classnames=args.classnames, label=args.label, needs_caption=False)
     source = data.open_source(args.data, size, "train", args.train_size, **common)
+    if not args.samples:
+        folders = getattr(source, "folders", None)
+        val_source = data.open_source(args.val_data, size, "val", **common, folders=folders)
+    if args.templates:
+        with open(args.templates, encoding="utf-8") as f:
+            subject.templates = [line.strip() for line in f if line.strip()]
     gallery = load_evaluation_set(source, args.n_train)
-    n_classes = max([int(max(gather_objects(gallery[2].max()))) + 1, len(source.class_names or ())])
+    n_classes = max(int(max(gather_objects(gallery[2].max()))) + 1, len(source.class_names or ()))
     subject.class_names = source.class_names
     subject.network = network = open_fid_network(args, source, n_classes, device)
     options = dict(batch_size=args.batch_size, name="features")
     if args.samples:
         real = collect_features(subject, gallery, is_training_set=True, **options)
         return compare_samples(features_of_set(args.samples, network, device, args.batch_size), real)
-    folders = getattr(source, "folders", None)
-    val_source = data.open_source(args.val_data, size, "val", **common, folders=folders)
     held_out = load_evaluation_set(val_source, args.n_val)
     if model.config.train_clip:
         subject.tokenize = first_on_node(lambda: data.make_tokenizer(model.config.text_vocab_size, args.bpe))
-    if args.templates:
-        with open(args.templates, encoding="utf-8") as f:
-            subject.templates = [line.strip() for line in f if line.strip()]
     row, test, train = measure(subject, held_out, gallery, args.seed, **options)
     if rank() == 0:
-        images = held_out[0]
-        save_image(pca_picture(model, images[:16]), os.path.join(args.out, "latents_pca.png"))
+        save_image(pca_picture(model, held_out[0][:16]), os.path.join(args.out, "latents_pca.png"))
         if "psnr" in test:  # 24 of this rank's images, evenly from the worst PSNR to the best
-            order = test["psnr"][::world_size()][:len(images)].argsort()
+            order = test["psnr"][::world_size()].argsort()
             chosen = order[np.linspace(0, len(order) - 1, min(24, len(order))).round().astype(int)]
-            picture = reconstruction_picture(model, images[chosen], size=size)
+            picture = reconstruction_picture(model, held_out[0][chosen], size=size)
             save_image(picture, os.path.join(args.out, "reconstructions.png"))
     if args.dit is not None and network is not None:
         row.update(measure_dit(args, subject, train, device))
@@ -1156,7 +1087,7 @@ def measure_runs(args, device):
 
 
 def measure_dit(args, subject, train, device):
-    """Samples of --dit, beside features of training images -> figures; a grid by class in --out."""
+    """Samples of --dit against features of training images -> figures; a picture in --out."""
     model = DiT.from_lightningdit(os.path.join(args.dit, "checkpoint.pt")).to(device).eval()
     network = subject.network
     stats = [x.to(device) for x in read_latent_stats(os.path.join(args.dit, "latents_stats.pt"))]
@@ -1168,7 +1099,7 @@ def measure_dit(args, subject, train, device):
         images = to_uint8(generate(model, subject.model, stats, noise, labels, **sampling))
         return dict(fid_features(network, images), labels=labels)
     fake = collect(range(rank(), args.n_samples, world_size()), compute, args.batch_size, "samples")
-    if args.reference is not None:
+    if args.reference:
         train = features_of_set(args.reference, network, device, args.batch_size)
     row = compare_samples(fake, train)
     if isinstance(network, Judge):
@@ -1181,48 +1112,38 @@ def measure_dit(args, subject, train, device):
 
 
 def own_images(args, device):
-    """--images: reconstruct a folder's, on every rank, as they are few -> figures; a picture in --out."""
+    """Reconstruct --images, on every rank, as they are few -> figures; a picture in --out."""
     subject = open_subject(args, device)
     images, parts, rows = ImageSet(args.images, subject.size), [], []
     for numbers in tqdm(torch.arange(len(images)).split(8), desc="reconstructing", disable=rank() != 0):
         pixels = to_image_size(images.batch(numbers).to(device), subject.size)
-        reconstructions, measured = reconstruct(subject.model, pixels, lpips=subject.lpips)
+        rebuilt, measured = reconstruct(subject.model, pixels, lpips=subject.lpips)
         parts.append(measured)
-        rows += [pixels.cpu(), reconstructions.cpu()] if len(rows) < 6 else []  # the first 24 images
+        rows += [pixels.cpu(), rebuilt.cpu()] if len(rows) < 6 else []  # the first 24 images
     if rank() == 0:
-        picture = image_grid(rows, scale=max(1, 128 // subject.size))
-        save_image(picture, os.path.join(args.out, "own_images.png"))
+        save_image(image_grid(rows, max(1, 128 // subject.size)), os.path.join(args.out, "own_images.png"))
     figures = {name: torch.cat([part[name] for part in parts]).mean().item() for name in parts[0]}
     return figures | dict(n_images=len(images))
 
 
-def sample_set(args, device):
-    """--samples against --reference."""
-    network = open_fid_network(args, None, 0, device)
-    return compare_samples(*(features_of_set(x, network, device, args.batch_size)
-                             for x in (args.samples, args.reference)))
-
-
-DISTANCES = ("rfid", "rsfid", "gfid", "sfid", "inception_score", "precision", "recall")
+IN_FEATURES = "rfid rsfid gfid sfid inception_score precision recall".split()
 TABLE = {
-    "reconstruction, held-out images": ("rfid", "rsfid", "psnr", "ssim", "lpips"),
-    "understanding, held-out images": (
-        "zero_shot_top1", "zero_shot_interval", "zero_shot_top5", "zero_shot_chance", "image_to_text",
-        "text_to_image", "retrieval_chance", "linear_probe", "linear_probe_balanced", "knn",
-        "dino_1_linear_probe", "dino_4_linear_probe", "dino_1_knn", "chance"),
-    "generation": ("gfid", "sfid", "inception_score", "precision", "recall", "sample_accuracy",
-                   "real_accuracy"),
-}
+    "reconstruction, held-out images": "rfid rsfid psnr ssim lpips",
+    "understanding, held-out images":
+        "zero_shot_top1 zero_shot_interval zero_shot_top5 zero_shot_chance image_to_text text_to_image "
+        "retrieval_chance linear_probe linear_probe_balanced knn dino_1_linear_probe dino_4_linear_probe "
+        "dino_1_knn chance",
+    "generation": "gfid sfid inception_score precision recall sample_accuracy real_accuracy"}
 
 
 def table(row):
-    """The figures of a row as lines of text, under the names of measure; distances name their features."""
+    """The figures of a row as text, under the names of measure; distances name their features."""
     lines = []
     for heading, names in TABLE.items():
-        there = [name for name in names if row.get(name) is not None]
-        lines += [heading] if there else []
-        for name in there:
-            label = f"{name} ({row.get('fid_features')})" if name in DISTANCES else name
+        measured = [name for name in names.split() if row.get(name) is not None]
+        lines += [heading] if measured else []
+        for name in measured:
+            label = f"{name} ({row['fid_features']})" if name in IN_FEATURES else name
             lines.append(f"  {label:<32}{row[name]:>10.4g}")
     return "\n".join(lines)
 
@@ -1242,14 +1163,12 @@ def write_results(args, row):
 
 def main(argv=None):
     device, args = init_distributed(), read_settings(argv)
-    if rank() == 0:
-        os.makedirs(args.out, exist_ok=True)
-    barrier()
+    os.makedirs(args.out, exist_ok=True)
     if args.plot and rank() == 0:
         save_image(plot_runs(args.plot), os.path.join(args.out, "figures.png"))
     if not args.plot:
-        what = own_images if args.images else sample_set if args.samples and args.reference else measure_runs
-        row = what(args, device) | dict(fid_features=args.fid_features)
+        row = own_images(args, device) if args.images else measure_runs(args, device)
+        row["fid_features"] = args.fid_features
         if rank() == 0:
             print(table(row))
             write_results(args, row)

@@ -263,8 +263,7 @@ class Objectives(nn.Module):
         return losses
 
     def ssl(self, views, targets, autocast):
-        """Student on masked global and on local crops; targets of CLS (2b, K) and of masked patches (M,
-        K)."""
+        """Student on masked global and on local crops; targets: (2b, K) of CLS, (M, K) of masked patches."""
         model, (cls_targets, patch_targets), n_local = self.model, targets, self.args.n_local
         with autocast:
             cls, patches = model.features(views["global_crops"], views["masks"], views.get("keep_global"))
