@@ -219,18 +219,21 @@ class MixedBlock(nn.Module):
         return torch.cat(list(self.parts(x)), dim=1)
 
 
-def Mixed35(width, pooled):  # 5b, 5c, 5d: (B, width, 35, 35) -> (B, 224 + pooled, 35, 35)
+def Mixed35(width, pooled):
+    """Mixed_5b, 5c, 5d: (B, width, 35, 35) -> (B, 224 + pooled, 35, 35)."""
     return MixedBlock(width, average_pool, branch1x1=[(64, 1)], branch5x5=[(48, 1), (64, 5)],
                       branch3x3dbl=[(64, 1), (96, 3), (96, 3)], branch_pool=[(pooled, 1)])
 
 
-def Mixed17(c):  # 6b to 6e: (B, 768, 17, 17) -> the same, with c channels inside
+def Mixed17(c):
+    """Mixed_6b to 6e: (B, 768, 17, 17) -> the same, with c channels inside."""
     return MixedBlock(768, average_pool, branch1x1=[(192, 1)], branch7x7=[(c, 1), (c, (1, 7)), (192, (7, 1))],
                       branch7x7dbl=[(c, 1), (c, (7, 1)), (c, (1, 7)), (c, (7, 1)), (192, (1, 7))],
                       branch_pool=[(192, 1)])
 
 
-class Mixed8(MixedBlock):  # 7b, 7c: (B, width, 8, 8) -> (B, 2048, 8, 8)
+class Mixed8(MixedBlock):
+    """Mixed_7b, 7c: (B, width, 8, 8) -> (B, 2048, 8, 8). pool: average_pool or max_pool."""
     def __init__(self, width, pool):
         super().__init__(width, pool, branch1x1=[(320, 1)], branch3x3_1=[(384, 1)],
                          branch3x3dbl=[(448, 1), (384, 3)], branch_pool=[(192, 1)])
@@ -698,7 +701,8 @@ def to_image_size(canvases, size):
     return resample(pixels, whole, size).clamp(0, 1)
 
 
-def to_uint8(pixels):  # of [0, 1]; truncated as the authors' code does
+def to_uint8(pixels):
+    """[0, 1] -> uint8, truncated as the authors' code does."""
     return (pixels * 255).to(torch.uint8)
 
 
