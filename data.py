@@ -94,6 +94,7 @@ def decode_canvas(file, canvas, draft):
 
 
 def digest_of(*parts):
+    """A fingerprint, 16 hexadecimal digits, of anything that str can write."""
     return hashlib.sha256("\0".join(map(str, parts)).encode()).hexdigest()[:16]
 
 
@@ -247,6 +248,7 @@ def find_tars(pattern):
 
 @functools.lru_cache(maxsize=4)
 def permutation(seed, epoch, n):
+    """The order of n things in an epoch, int64 (n,)."""
     return np.random.default_rng([seed, epoch]).permutation(n)
 
 
@@ -498,6 +500,7 @@ def to_grey(x):
 
 
 def away_from(x, reference, change):
+    """x in [0, 1] moved from a reference by a factor 1 + change, as torchvision's adjustments."""
     return (reference + (1 + change) * (x - reference)).clamp(0, 1)
 
 

@@ -401,6 +401,7 @@ def train_probes(features, labels, n_classes, rates, n_steps, seed=0):
 
 
 def moments(features):
+    """Mean and standard deviation (D,) of features (n, D); a constant feature's is 1e-6."""
     std, mean = torch.std_mean(features, dim=0)
     return mean, std.clamp(min=1e-6)
 
@@ -707,6 +708,7 @@ def to_uint8(pixels):
 
 
 def save_image(image, path):
+    """Write a Pillow image as PNG, atomically."""
     write_atomically(path, lambda file: image.save(file, "PNG"))
 
 
@@ -911,6 +913,7 @@ def plot_runs(runs):
 # ----- The command ----------------------------------------------------------------------------------------
 
 def make_parser():
+    """The command line; --help says what each option defaults to."""
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
 
     def option(name, help, default=None, type=str, **kwargs):

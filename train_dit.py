@@ -289,6 +289,7 @@ class CacheReader(torch.utils.data.IterableDataset):
 
 
 def write_stats(path, mean, std):
+    """Latent statistics, each (1, d, 1, 1), as LightningDiT's file, atomically."""
     write_atomically(path, lambda f: torch.save({"mean": mean.float().cpu(), "std": std.float().cpu()}, f))
 
 

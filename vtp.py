@@ -163,6 +163,7 @@ class RMSNorm(nn.RMSNorm):
 
 
 def make_norm(kind, dim):
+    """RMSNorm for "rmsnorm", else LayerNorm, over the last axis, of size dim."""
     return RMSNorm(dim) if kind == "rmsnorm" else nn.LayerNorm(dim, eps=1e-6)
 
 
