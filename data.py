@@ -23,10 +23,12 @@ import json
 import math
 import os
 import re
+import signal
 import tarfile
 import unicodedata
 import zlib
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +36,7 @@ import torch
 from PIL import Image, ImageOps
 
 from losses import gather_objects, rank, world_size
-from vtp import constant, download, normalize
+from vtp import UserError, constant, download, normalize
 
 # ----- Sources --------------------------------------------------------------------------------------------
 # Each has name, class_names, fingerprint(), and for random access len() and load(), or walk() and decode().
@@ -45,12 +47,15 @@ TEMPLATES = ("a photo of a {}", "a picture of a {}", "an image of a {}", "a good
              "a close-up photo of a {}", "a small {}", "a large {}", "{}")
 
 
+LONGEST = 16  # of an image's long side by its short one; what is longer is cut to its middle
+
+
 class BadSample(Exception):
     """A sample that cannot be used; its message is the reason that is counted."""
 
 
 def open_source(where, canvas, split="train", train_size=8192, classnames=None, label="cls",
-                needs_caption=True, folders=None):
+                needs_caption=True, folders=None, squash=False):
     """The source that --data means: the built-in set (None), a folder of class folders, or tars.
     classnames: a file of class names, a line each. Raises FileNotFoundError or ValueError."""
     lines = Path(classnames).read_text("utf-8").split("\n") if classnames else []
@@ -59,25 +64,31 @@ def open_source(where, canvas, split="train", train_size=8192, classnames=None, 
         return BuiltinSource(train_size if split == "train" else 2048, canvas, split)
     tars = sorted(glob.glob(os.path.join(where, "*.tar"))) if os.path.isdir(where) else find_tars(where)
     if tars:
-        return TarSource(tars, canvas, names, label, needs_caption)
-    return FolderSource(where, canvas, names, folders)
+        return TarSource(tars, canvas, names, label, needs_caption, squash=squash)
+    return FolderSource(where, canvas, names, folders, squash)
 
 
-def load_canvas(file, canvas, draft=False):
+def load_canvas(file, canvas, draft=False, squash=False):
     """An image (path or binary file) -> uint8 array (3, canvas, canvas), as ADM and the authors make it:
     upright by EXIF, transparency on white, RGB; halved by a box filter while the short side is at least twice
     the canvas, bicubic to the canvas, centre crop. Raises what Pillow raises. draft: a JPEG may decode
-    smaller, much faster and slightly different."""
+    smaller, much faster and slightly different. squash: bicubic to the canvas at once, without a crop."""
     image = Image.open(file)
     if draft:
         image.draft("RGB", (2 * canvas, 2 * canvas))  # JPEG only, never below what the box filter leaves
     image = ImageOps.exif_transpose(image)
+    if max(image.size) > LONGEST * min(image.size) and not squash:  # or its enlargement would fill the memory
+        side = LONGEST * min(image.size)
+        left, top = ((n - min(n, side)) // 2 for n in image.size)
+        image = image.crop((left, top, left + min(image.width, side), top + min(image.height, side)))
     if image.mode.startswith("I;16"):
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     image = image.convert("RGB")
+    if squash:
+        return np.asarray(image.resize((canvas, canvas), Image.BICUBIC)).transpose(2, 0, 1)
     while min(image.size) >= 2 * canvas:
         image = image.resize((image.width // 2, image.height // 2), Image.BOX)
     image = ImageOps.scale(image, canvas / min(image.size), Image.BICUBIC)
@@ -85,17 +96,23 @@ def load_canvas(file, canvas, draft=False):
     return np.asarray(image.crop((left, top, left + canvas, top + canvas))).transpose(2, 0, 1)
 
 
-def decode_canvas(file, canvas, draft):
+def decode_canvas(file, *options):
     """load_canvas with BadSample for what Pillow raises."""
     try:
-        return load_canvas(file, canvas, draft)
+        return load_canvas(file, *options)
     except Exception as error:
         raise BadSample(f"broken image ({type(error).__name__})") from error
 
 
 def digest_of(*parts):
     """A fingerprint, 16 hexadecimal digits, of anything that str can write."""
-    return hashlib.sha256("\0".join(map(str, parts)).encode()).hexdigest()[:16]
+    return hashlib.sha256("\0".join(map(str, parts)).encode("utf-8", "surrogateescape")).hexdigest()[:16]
+
+
+def file_states(paths):
+    """Size and time of each file: with its name, what tells that it is still the same."""
+    with ThreadPoolExecutor(16) as pool:  # on a network each answer takes its time
+        return [f"{s.st_size} {s.st_mtime_ns}" for s in pool.map(os.stat, paths)]
 
 
 class BuiltinSource:
@@ -108,7 +125,7 @@ class BuiltinSource:
         return len(self.images)
 
     def fingerprint(self):
-        return digest_of("built-in", len(self), zlib.crc32(self.images[:64]))
+        return digest_of("built-in", len(self), zlib.crc32(self.images[:64]), zlib.crc32(self.labels))
 
     def load(self, index, draft, rng):
         return self.images[index], self.captions[index], int(self.labels[index])
@@ -117,9 +134,10 @@ class BuiltinSource:
 class FolderSource:
     """A folder of class folders of images. Captions: NAME.txt beside NAME.jpg, else the class in a template.
     folders: the class of each label (for held-out data, the training set's)."""
-    def __init__(self, folder, canvas, class_names=None, folders=None):
+    def __init__(self, folder, canvas, class_names=None, folders=None, squash=False):
         found = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
-        self.canvas, self.name, self.folders = canvas, folder, folders or found
+        self.canvas, self.squash = canvas, squash
+        self.name, self.folders = folder, folders or found
         if unknown := sorted(set(found) - set(self.folders)):
             raise ValueError(f"{folder} has classes that the training data lacks: {', '.join(unknown[:5])}")
         self.files = [(os.path.join(root, file), label)
@@ -136,12 +154,12 @@ class FolderSource:
         return len(self.files)
 
     def fingerprint(self):
-        start = len(os.path.join(self.name, ""))  # names and labels: to read all files would take an epoch
-        return digest_of("folder", *(f"{path[start:]} {label}" for path, label in self.files))
+        start, states = len(os.path.join(self.name, "")), file_states(path for path, _ in self.files)
+        return digest_of("folder", *(f"{p[start:]} {label} {x}" for (p, label), x in zip(self.files, states)))
 
     def load(self, index, draft, rng):
         path, label = self.files[index]
-        image = decode_canvas(path, self.canvas, draft)
+        image = decode_canvas(path, self.canvas, draft, self.squash)
         sidecar = Path(path).with_suffix(".txt")
         if sidecar.exists():
             return image, sidecar.read_text("utf-8", "replace").strip(), label
@@ -151,14 +169,15 @@ class FolderSource:
 class TarSource:
     """WebDataset tars: KEY.jpg (or another image), KEY.txt or KEY.json (its "caption"), perhaps KEY.cls.
     label: "cls" or a field of KEY.json; a label is a number or one of class_names."""
-    def __init__(self, paths, canvas, class_names=None, label="cls", needs_caption=True, shuffle_buffer=1024):
+    def __init__(self, paths, canvas, class_names=None, label="cls", needs_caption=True, shuffle_buffer=1024,
+                 squash=False):
         self.paths, self.canvas, self.class_names, self.label = paths, canvas, class_names, label
-        self.shuffle_buffer, self.needs_caption = shuffle_buffer, needs_caption
+        self.shuffle_buffer, self.needs_caption, self.squash = shuffle_buffer, needs_caption, squash
         self.name = f"{len(paths)} tars, {os.path.basename(paths[0])} ..."
 
     def fingerprint(self):
-        sizes = (f"{os.path.basename(p)} {os.path.getsize(p)}" for p in self.paths)
-        return digest_of("tars", self.label, self.class_names, *sizes)
+        names = (os.path.basename(path) for path in self.paths)
+        return digest_of("tars", self.label, self.class_names, *names, *file_states(self.paths))
 
     def walk(self, visits, parts=1, seed=None):
         """The samples of visits (v, how many are done): (v, shard, number in the shard, {extension: bytes}).
@@ -168,7 +187,7 @@ class TarSource:
         for visit, n_done in visits:
             n_empty += 1
             if n_empty > parts * len(self.paths) + 100:  # a reader may skip epochs, and meet few shards
-                raise RuntimeError(f"{self.name}: a whole epoch had no sample for one of the readers")
+                raise UserError(f"{self.name}: a whole epoch had no sample for one of the readers")
             epoch, place = divmod(visit // parts, len(self.paths))
             shard = place if seed is None else int(permutation(seed, epoch, len(self.paths))[place])
             for number, sample in enumerate(read_tar(self.paths[shard])):
@@ -199,15 +218,32 @@ class TarSource:
             label = names.index(label) if label in names else int(label)
         except (ValueError, TypeError, OverflowError):
             raise BadSample("label is neither a number nor one of the class names") from None
-        return decode_canvas(io.BytesIO(sample[extension]), self.canvas, draft), caption, label
+        image = decode_canvas(io.BytesIO(sample[extension]), self.canvas, draft, self.squash)
+        return image, caption, label
+
+
+class TarHeader(tarfile.TarInfo):
+    """tarfile ends without a word at a damaged header behind the first one: here it is an error."""
+    @classmethod
+    def frombuf(cls, buf, encoding, errors):
+        if buf == bytes(tarfile.BLOCKSIZE):  # the archive's end
+            return super().frombuf(buf, encoding, errors)
+        try:
+            header = super().frombuf(buf, encoding, errors)
+        except tarfile.HeaderError as error:
+            raise tarfile.ReadError(str(error)) from error
+        if header.size < 0:
+            raise tarfile.ReadError("negative size")
+        return header
 
 
 def read_tar(path, only_names=False):
     """A tar's samples, {extension: bytes or, if only_names, None}: members of one name up to the first dot.
-    A cut-off or unreadable tar ends with {"broken tar": reason} in place of the sample being read."""
+    A tar that is unreadable, or ends before its end mark, or goes on after it, ends with {"broken tar":
+    reason} in place of the sample being read."""
     sample, key = {}, None
     try:
-        with tarfile.open(path, "r:*" if only_names else "r|*") as tar:
+        with tarfile.open(path, "r:*" if only_names else "r|*", tarinfo=TarHeader) as tar:
             for member in filter(tarfile.TarInfo.isfile, tar):
                 folder, _, name = member.name.rpartition("/")
                 stem, _, extension = name.partition(".")
@@ -216,7 +252,10 @@ def read_tar(path, only_names=False):
                     sample = {}
                 key = (folder, stem)
                 sample[extension.lower()] = None if only_names else tar.extractfile(member).read()
-    except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
+            while rest := tar.fileobj.read(2 ** 20):
+                if rest.strip(b"\0"):
+                    raise tarfile.ReadError("data behind the end mark")
+    except Exception as error:  # on damaged bytes tarfile raises almost anything
         reason = f"cut-off or unreadable tar {os.path.basename(path)} ({type(error).__name__})"
         sample = {"broken tar": reason}
     if sample:
@@ -324,7 +363,7 @@ class SampleStream(torch.utils.data.IterableDataset):
                     except BadSample as reason:
                         self.skip(skipped, reason, step // self.roles * len(places) + len(samples))
                 else:
-                    raise RuntimeError(f"no sample of {self.source.name} can be used: {dict(skipped)}")
+                    raise UserError(f"no sample of {self.source.name} can be used: {dict(skipped)}")
             yield self.collate(samples, reader, {}, skipped)
 
     def tar_batches(self, reader, skipped):
@@ -357,7 +396,7 @@ class SampleStream(torch.utils.data.IterableDataset):
         skipped[str(reason)] += 1
         n_bad = skipped.total()
         if n_bad > 10 and n_bad > self.max_skipped * (n_bad + n_good):
-            raise RuntimeError(f"{n_bad} of {n_bad + n_good} samples of {self.source.name} cannot be used; "
+            raise UserError(f"{n_bad} of {n_bad + n_good} samples of {self.source.name} cannot be used; "
                                f"--max_skipped allows a share of {self.max_skipped}: {dict(skipped)}")
 
     def collate(self, samples, reader, state, skipped):
@@ -400,7 +439,14 @@ def make_loader(stream, pin_memory=False):
     """Batches of a SampleStream, made by its workers ahead of time (0: in this process)."""
     n = stream.n_workers
     return torch.utils.data.DataLoader(stream, batch_size=None, num_workers=n, pin_memory=pin_memory,
-                                       prefetch_factor=4 if n else None, persistent_workers=n > 0)
+                                       prefetch_factor=4 if n else None, persistent_workers=n > 0,
+                                       worker_init_fn=ignore_signals)
+
+
+def ignore_signals(worker):
+    """A signal to stop reaches loader processes, too: they serve until their rank has saved, and end with it."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def each_sample(source, reader=0, n_readers=1, seed=None):
@@ -420,7 +466,7 @@ def each_sample(source, reader=0, n_readers=1, seed=None):
 def load_evaluation_set(source, n, seed=0, whole=False):
     """This rank's share of n samples (whole: all) -> images uint8 (m, 3, C, C), captions, labels int64 (m,).
     Random by the seed alone; of tars, the first n of shards in random order.
-    Unusable ones are left out; RuntimeError if none remains."""
+    Unusable ones are left out; UserError if none remains."""
     first, every = (0, 1) if whole else (rank(), world_size())
     good, skipped = [], Counter()
     for _, _, load in itertools.islice(each_sample(source, seed=seed), first, n, every):
@@ -429,7 +475,7 @@ def load_evaluation_set(source, n, seed=0, whole=False):
         except BadSample as reason:
             skipped[str(reason)] += 1
     if not good:
-        raise RuntimeError(f"no usable sample for evaluation in {source.name}: {dict(skipped)}")
+        raise UserError(f"no usable sample for evaluation in {source.name}: {dict(skipped)}")
     images, captions, labels = zip(*good)
     return torch.from_numpy(np.stack(images)), list(captions), torch.tensor(labels)
 

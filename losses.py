@@ -10,7 +10,11 @@ In a process group every rank passes its share of the batch, all of one size, an
 whole batch where its definition does. It returns the mean over this rank's share: the mean of that over ranks
 is the global batch's loss, and the mean of its gradients, as DDP computes it, that loss's gradient.
 """
+import contextlib
 import os
+import signal
+import sys
+import time
 
 import torch
 import torch.distributed as dist
@@ -18,7 +22,7 @@ import torch.distributed.nn.functional as dist_nn
 import torch.nn as nn
 import torch.nn.functional as F
 
-from vtp import download
+from vtp import UserError, download, load_tensors
 
 # ----- CLIP -----------------------------------------------------------------------------------------------
 
@@ -146,7 +150,7 @@ class LPIPS(nn.Module):
             if not os.path.isfile(path):
                 raise FileNotFoundError(f"LPIPS needs {path} (torchvision's vgg16-397923af.pth and the LPIPS "
                                         "release's vgg.pth in one folder)")
-        vgg, linear = (torch.load(path, map_location="cpu", weights_only=True) for path in (vgg, linear))
+        vgg, linear = load_tensors(vgg), load_tensors(linear)
         vgg = {k: v for k, v in vgg.items() if k.startswith("features.")}
         self.load_state_dict(vgg | linear, strict=True)
 
@@ -220,6 +224,44 @@ def gather_objects(x):
     if world_size() > 1:
         dist.all_gather_object(parts, x)
     return parts
+
+
+def by_first_rank(make):
+    """make() by rank 0 alone -> its result, or its error, on every rank."""
+    result, error = None, None
+    if rank() == 0:
+        try:
+            result = make()
+        except Exception as raised:
+            error = raised
+    result, error = gather_objects((result, error))[0]
+    if error is not None:
+        raise error
+    return result
+
+
+def fail(message):
+    """End the program: one line on stderr, by rank 0 alone, and exit code 2.
+    Another rank waits before it speaks: if rank 0 met the same error, torchrun ends it meanwhile."""
+    if rank() != 0:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(5)
+        message = f"rank {rank()}: {message}"
+    if "Original Traceback" in message:         # of a loader process: the error is its last line
+        message = message.strip().rpartition("\n")[2].partition(": ")[2]
+    print(f"{os.path.basename(sys.argv[0])}: error: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    sys.exit(2)
+
+
+@contextlib.contextmanager
+def one_line_errors():
+    """What a user can mend ends the program by fail(). `python -X dev` shows where it arose."""
+    try:
+        yield
+    except (UserError, ValueError, OSError) as error:
+        if sys.flags.dev_mode:
+            raise
+        fail(str(error))
 
 
 def gather_with_grad(x):

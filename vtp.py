@@ -7,10 +7,14 @@ VTP, the tokenizer of "Towards Scalable Pre-training of Visual Tokenizers for Ge
 
 Three ViTs, and an SSLHead for training only. All names are the released checkpoint's: loading is strict.
 """
+import errno
+import fcntl
 import functools
 import json
 import math
 import os
+import re
+import shutil
 from collections import OrderedDict
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -569,21 +573,69 @@ def write_safetensors(path, tensors):
     write_atomically(path, lambda f: f.writelines((len(text).to_bytes(8, "little"), text, *data)))
 
 
-def write_atomically(path, write):
-    """Call write(file) on a temporary file and move it to path: a reader sees the old file or the new."""
-    temporary = f"{path}.{os.getpid()}.tmp"
+class UserError(RuntimeError):
+    """What whoever runs a script can mend: it ends with this message alone."""
+
+
+def write_atomically(path, write, n_bytes=0):
+    """Call write(file) on a temporary file and move it to path: a reader sees the old file or the new.
+    n_bytes: how many it will write. OSError names path and n_bytes if the disk lacks room for them."""
+    temporary, folder = f"{path}.{os.getpid()}.tmp", os.path.dirname(path) or "."
     try:
+        if n_bytes > shutil.disk_usage(folder).free:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         with open(temporary, "wb") as f:
             write(f)
             f.flush()
             os.fsync(f.fileno())
         os.replace(temporary, path)
+    except Exception as error:
+        reason = error                      # torch.save hides a full disk behind an error of its own
+        while reason is not None and getattr(reason, "errno", None) not in DISK_FULL:
+            reason = reason.__cause__ or reason.__context__
+        if reason is None:
+            raise
+        raise OSError(reason.errno, f"{reason.strerror}, {n_bytes:,} bytes needed", str(path)) from error
     finally:
         Path(temporary).unlink(missing_ok=True)
 
 
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_claimed = {}                               # folder: its open lock, which the process holds until it ends
+
+
+def claim_folder(folder):
+    """Make a folder, keep other processes out of it, and sweep the temporary files of killed ones.
+    ValueError: another process has claimed it. Where a file system has no locks, there are none."""
+    os.makedirs(folder, exist_ok=True)
+    if os.path.realpath(folder) in _claimed:
+        return
+    lock = open(os.path.join(folder, ".lock"), "a")
+    try:
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            raise ValueError(f"{folder} is in use by another process: wait for it, or choose another") from None
+    _claimed[os.path.realpath(folder)] = lock
+    for root, _, names in os.walk(folder):
+        for name in names:
+            if re.search(r"\.\d+\.tmp$", name):
+                os.remove(os.path.join(root, name))
+
+
+def load_tensors(path, map_location="cpu"):
+    """torch.load of tensors and plain values. ValueError names a file that is broken."""
+    try:
+        return torch.load(path, map_location=map_location, weights_only=True)
+    except (FileNotFoundError, PermissionError):
+        raise
+    except Exception as error:              # on broken bytes torch raises almost anything
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"{path} is no file of torch.save, or broken ({reason})") from error
+
+
 def download(url, path, sha256="", check=None):
-    """Fetch url to path, atomically, unless it is there. RuntimeError: that, sha256 or check(file) fails."""
+    """Fetch url to path, atomically, unless it is there. UserError: that, sha256 or check(file) fails."""
     def fetch(file):
         torch.hub.download_url_to_file(url, file.name, hash_prefix=sha256 or None)
         if check is not None:
@@ -593,7 +645,7 @@ def download(url, path, sha256="", check=None):
         try:
             write_atomically(path, fetch)
         except (OSError, ValueError, RuntimeError) as error:
-            raise RuntimeError(f"could not fetch {url}: {error}. If offline, put it at {path}.") from error
+            raise UserError(f"could not fetch {url}: {error}. If offline, put it at {path}.") from error
     return path
 
 
