@@ -15,10 +15,10 @@ import os
 import signal
 import sys
 import time
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-import torch.distributed.nn.functional as dist_nn
 import torch.nn as nn
 import torch.nn.functional as F
 
@@ -45,41 +45,46 @@ def sinkhorn_knopp(logits, temperature, n_iterations=3):
     """Teacher logits (b, K) -> probabilities (b, K), fp32, over the global batch (SwAV, DINOv2).
     Q = exp(logits / temperature); then n times: scale each prototype's sum over samples to 1/K, each sample's
     sum over prototypes to 1/B; return B Q. Here Q stays put and only the two vectors of scale factors change,
-    which reads the matrix twice an iteration instead of rewriting it four times."""
+    which reads the matrix twice an iteration instead of rewriting it four times. At K = 65,536 a copy takes
+    gigabytes: the first is written over."""
     logits = logits.float() / temperature
     row_max = logits.amax(dim=1)
     highest = row_max.max()
     if world_size() > 1:
         dist.all_reduce(highest, op=dist.ReduceOp.MAX)
     # A common factor changes nothing; each sample's own is put back by its scale, so none can vanish.
-    Q = (logits - row_max[:, None]).exp()
+    Q = logits.sub_(row_max[:, None]).exp_()
     B, K = len(Q) * world_size(), Q.shape[1]
     sample_scale = (row_max - highest).exp()  # (b,)
     for _ in range(n_iterations):
         prototype_sum = sum_over_ranks(sample_scale @ Q)  # (K,)
         prototype_scale = 1 / (K * prototype_sum.clamp(min=1e-30))
         sample_scale = 1 / (B * (Q @ prototype_scale))
-    return Q * (B * sample_scale)[:, None] * prototype_scale
+    return Q.mul_((B * sample_scale)[:, None]).mul_(prototype_scale)
 
 
-def dino_loss(student_logits, teacher_probs, temperature=0.1):
-    """Mean cross-entropy of the student's softmax at `temperature` against the teacher's probabilities.
-    For one pair of views both are (b, K). Leading axes broadcast, and cross-entropy is linear in the teacher:
-    8 local crops against 2 global ones are dino_loss(student (8, b, K), mean of the teacher's (b, K))."""
+def cross_entropy(student_logits, teacher_probs, temperature=0.1):
+    """Of the student's softmax at `temperature` against the teacher's probabilities: (..., K) -> (...)."""
     log_probs = F.log_softmax(student_logits.float() / temperature, dim=-1)
-    return -(teacher_probs * log_probs).sum(dim=-1).mean()
+    return -(teacher_probs * log_probs).sum(dim=-1)
 
 
-def ibot_loss(student_logits, teacher_probs, masks, temperature=0.1):
-    """The same on masked patches: mean over a crop's masked patches, then over all crops (DINOv2).
-    student_logits, teacher_probs (M, K): rows of masked patches, in row-major order of masks (crops, patches)
-    bool, which has M True entries. Crops without a mask count as zero."""
-    log_probs = F.log_softmax(student_logits.float() / temperature, dim=-1)
-    cross_entropy = -(teacher_probs * log_probs).sum(dim=-1)  # (M,)
+def dino_loss(of_global, of_local):
+    """Mean over all pairs of a student's crop and the teacher's view of another crop (DINOv2), from the
+    student's cross-entropies: of_global (2b,), of its global crops, each against the teacher's other one;
+    of_local (n_local b,), of local crops, each against the mean of the teacher's two, which stands for two
+    pairs, since cross-entropy is linear in the teacher."""
+    return (of_global.sum() + 2 * of_local.sum()) / (len(of_global) + 2 * len(of_local))
+
+
+def ibot_loss(of_patches, masks):
+    """Mean over a crop's masked patches, then over all crops (DINOv2), from the student's cross-entropies
+    of_patches (M,), in row-major order of masks (crops, patches) bool, which has M True entries. Crops
+    without a mask count as zero."""
     counts = masks.sum(dim=1)  # (crops,)
     # output_size: or the device must tell the host how long the result is
-    weights = torch.repeat_interleave(1 / counts.clamp(min=1), counts, output_size=len(cross_entropy))
-    return (cross_entropy * weights).sum() / len(masks)
+    weights = torch.repeat_interleave(1 / counts.clamp(min=1), counts, output_size=len(of_patches))
+    return (of_patches * weights).sum() / len(masks)
 
 
 def koleo_loss(features, eps=1e-8):
@@ -176,19 +181,27 @@ class LPIPS(nn.Module):
 # ----- Processes ------------------------------------------------------------------------------------------
 # joining the group, and the collectives that the losses rest on
 
+LONGEST_WAIT = timedelta(hours=12)  # of a rank for the others
+
+
 def init_distributed():
-    """Join the process group that torchrun announces, if any -> this process's device."""
+    """Join the process group that torchrun announces, if any -> this process's device.
+
+    A rank may wait for long at a barrier: for another that fetches weights, encodes its share of a set, or
+    trains a judge. NCCL's own limit of 10 minutes would end the run there. The price of a long one: a rank
+    that hangs is noticed late. A process that dies is not: torchrun then ends the others at once."""
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
     if "RANK" in os.environ and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=LONGEST_WAIT)
     return device
 
 
 def leave_distributed():
-    """Wait for the others and leave the process group."""
+    """Wait for the others and leave the process group; a captured step must be closed before. Not for a rank
+    that an exception ends: the others are not at this barrier, and torchrun ends them."""
     barrier()
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -264,9 +277,22 @@ def one_line_errors():
         fail(str(error))
 
 
+class _Gather(torch.autograd.Function):
+    """torch.distributed.nn's all_gather is deprecated, and so is all_gather_into_tensor (torch 2.14)."""
+    @staticmethod
+    def forward(ctx, x):
+        parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(world_size())]
+        dist.all_gather(parts, x.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return sum_over_ranks(grad.contiguous()).chunk(world_size())[rank()]  # gloo has no reduce_scatter
+
+
 def gather_with_grad(x):
     """x (b, ...) of all ranks, in order -> (W b, ...); the gradient comes back summed over ranks."""
-    return torch.cat(dist_nn.all_gather(x.contiguous())) if world_size() > 1 else x
+    return _Gather.apply(x) if world_size() > 1 else x
 
 
 def sum_over_ranks(x):

@@ -101,7 +101,8 @@ def make_parser():
     option("--log_every", 50, "steps between log lines", count)
     option("--eval_every", None, "steps between sample pictures; default: a quarter of the run", count)
     option("--checkpoint_every", None, "steps between checkpoints; default: as --eval_every", count)
-    option("--eval_samples", 500, "images generated at the end, for the judge's accuracy; 0: no judge", whole)
+    option("--eval_samples", None, "images generated at the end, for the accuracy of a judge, which rank 0 "
+           "trains on the data's classes meanwhile; default: 500 if built in, else 0: no judge", whole)
     flag("--compile", "torch.compile the blocks; default: on CUDA only", yes_or_no=True, default=None)
     flag("--cuda_graph", "capture the step on CUDA", yes_or_no=True, default=True)
     return parser
@@ -118,6 +119,8 @@ def read_settings(argv=None):
             follow_run(args)
         parser.complete(args, is_tiny=args.sample is None and args.model == "tiny")
         if args.sample is None:
+            if args.eval_samples is None:
+                args.eval_samples = 500 if args.data is None else 0
             check_training(args)
         if args.steps < 2:
             raise ValueError(f"--steps {args.steps}: a time grid has at least 2 points")
@@ -440,9 +443,9 @@ def train(args, device):
 
     while step < n_steps:
         with log.timing("data"):
-            latents, labels = (x.to(device, non_blocking=True)
-                               for x in cache.batch(step, args.batch_size, args.seed))
-            batch = make_batch(args, step, latents, labels, mean, std, cache.num_classes)
+            latents, labels = cache.batch(step, args.batch_size, args.seed)
+        latents, labels = (x.to(device, non_blocking=True) for x in (latents, labels))
+        batch = make_batch(args, step, latents, labels, mean, std, cache.num_classes)
         lr = set_lr(state, step, n_steps)
         if not log.flops_per_step:
             log.flops_per_step = count_flops(lambda: state.objective(batch).backward())
@@ -460,6 +463,7 @@ def train(args, device):
                 evaluate.save_image(picture, os.path.join(args.out, f"samples_{step:07d}.png"))
             if step % checkpoint_every == 0 or is_last:
                 save_checkpoint(checkpoint, state, step, log.flops_per_step)
+    run_step.close()
     log.bar.close()
     if args.eval_samples and not any(row["kind"] == "eval" for row in evaluate.read_metrics(args.out)):
         log.write("eval", step, judge_samples(state, tokenizer, stats, source, cache, device))

@@ -6,7 +6,8 @@ On any machine, a few minutes, on built-in data; then the paper's autoencoder ba
     python train_tokenizer.py
     python train_tokenizer.py --lambda_clip 0 --lambda_ssl 0 --out runs/ae
 
-8 GPUs on one node, WebDataset tars; then two such nodes (run on each, with its own --node_rank):
+8 GPUs of 80 GB on one node (256 pairs each; without --checkpoint_blocks 48, --batch_size 384), WebDataset
+tars; then two such nodes (run on each, with its own --node_rank):
     torchrun --nproc_per_node=8 train_tokenizer.py --model large --data 'datacomp/{00000..09999}.tar' \\
         --val_data val.tar --batch_size 2048 --checkpoint_blocks --samples 1100000000 --out runs/vtp-l
     torchrun --nnodes=2 --node_rank=0 --master_addr=HOST --master_port=29500 --nproc_per_node=8 \\
@@ -17,9 +18,11 @@ gets run.json (what produced it), metrics.jsonl (fields: see Log), checkpoint.pt
 the released format.
 """
 import argparse
+import atexit
 import contextlib
 import copy
 import ctypes
+import functools
 import json
 import math
 import os
@@ -41,11 +44,11 @@ from tqdm import tqdm
 
 import data
 import evaluate
-from losses import (LPIPS, barrier, clip_loss, dino_loss, first_on_node, ibot_loss, init_distributed,
-                    koleo_loss, leave_distributed, rank, reconstruction_loss, sinkhorn_knopp, sum_over_ranks,
-                    world_size)
+from losses import (LPIPS, barrier, clip_loss, cross_entropy, dino_loss, first_on_node, ibot_loss,
+                    init_distributed, koleo_loss, leave_distributed, rank, reconstruction_loss,
+                    sinkhorn_knopp, sum_over_ranks, world_size)
 from vtp import (VTP, VTP_SIZES, SSLHead, denormalize, find_checkpoint, read_config, read_safetensors,
-                 samples_kept, vtp_config, write_atomically)
+                 run_block, samples_kept, vtp_config, write_atomically)
 
 # ----- Settings -------------------------------------------------------------------------------------------
 # The help of an option gives its reason and source. Models narrower than `small`, such as tiny, have a recipe
@@ -62,6 +65,7 @@ TEMP_WARMUP = 0.3               # the teacher's temperature rises over this part
 FREEZE_PROTOTYPES = 0.01        # the head's last layer rests for this part (DINOv2: 1 epoch of 100)
 HEAD_SIZE = (2048, 256)         # hidden and output width of the SSL head's MLP (DINOv2, and the paper)
 TINY_HEAD_SIZE = (512, 128)
+HEAD_ROWS = 1024                # of the SSL head's at a time with --checkpoint_blocks: 256 MiB of logits
 
 
 def make_parser():
@@ -133,7 +137,7 @@ def make_parser():
     option("--eval_samples", 1024, "held-out samples; probes learn from four times as many", count)
     flag("--compile", "torch.compile the blocks; default: on CUDA only", yes_or_no=True, default=None)
     flag("--cuda_graph", "capture the step on CUDA", yes_or_no=True, default=True)
-    flag("--checkpoint_blocks", "recompute encoder blocks in the backward: less memory, more time")
+    flag("--checkpoint_blocks", "recompute image blocks and SSL head in the backward: less memory, more time")
     return parser
 
 
@@ -264,28 +268,39 @@ class Objectives(nn.Module):
 
     def ssl(self, views, targets, autocast):
         """Student on masked global and on local crops; targets: (2b, K) of CLS, (M, K) of masked patches."""
-        model, (cls_targets, patch_targets), n_local = self.model, targets, self.args.n_local
+        model, (cls_targets, patch_targets) = self.model, targets
+        b = len(cls_targets) // 2
+        # a student's global crop against the teacher's other one, a local one against the mean of both
+        crossed = cls_targets.view(2, b, -1).flip(0)
+        local_targets = crossed.mean(dim=0).repeat(self.args.n_local, 1)
         with autocast:
             cls, patches = model.features(views["global_crops"], views["masks"], views.get("keep_global"))
             local_cls, _ = model.features(views["local_crops"], keep=views.get("keep_local"))
-            cls_logits, patch_logits = ssl_logits(model.config, model.trunk, self.head,
-                                                  torch.cat((cls, local_cls)), patches, views["mask_indices"])
-        b = len(cls) // 2
-        global_logits, local_logits = cls_logits.float().split((2 * b, n_local * b))
-        # a student's global crop against the teacher's other one (2 pairs), a local one against both
-        crossed = cls_targets.view(2, b, -1).flip(0)
-        global_loss = dino_loss(global_logits.view(2, b, -1), crossed)
-        local_loss = dino_loss(local_logits.view(n_local, b, -1), crossed.mean(dim=0))
-        return dict(dino=(2 * global_loss + 2 * n_local * local_loss) / (2 + 2 * n_local),
-                    mim=ibot_loss(patch_logits, patch_targets, views["masks"]),
+            of_global = self.cross_entropies(cls, crossed.flatten(0, 1))
+            of_local = self.cross_entropies(local_cls, local_targets)
+            of_patches = self.cross_entropies(masked_patches(patches, views), patch_targets)
+        return dict(dino=dino_loss(of_global, of_local), mim=ibot_loss(of_patches, views["masks"]),
                     koleo=koleo_loss(cls[:b]) + koleo_loss(cls[b:]))
 
+    def cross_entropies(self, rows, targets):
+        """Of the head on tokens (M, dim) against targets (M, K): (M,). With --checkpoint_blocks the logits of
+        HEAD_ROWS tokens at most exist at once: each chunk is computed again in the backward."""
+        def of_chunk(rows, targets):
+            return cross_entropy(ssl_logits(self.model.config, self.model.trunk, self.head, rows), targets)
+        is_recomputed = self.args.checkpoint_blocks
+        size = HEAD_ROWS if is_recomputed else len(rows)
+        chunks = zip(rows.split(size), targets.split(size))
+        return torch.cat([run_block(of_chunk, is_recomputed, *chunk) for chunk in chunks])
 
-def ssl_logits(config, trunk, head, cls, patches, mask_indices):
-    """The head on CLS tokens (M, dim) and on the masked ones of patches (crops, N, dim) -> logits of each."""
-    rows = torch.cat((cls, patches.flatten(0, 1)[mask_indices]))
-    rows = rows if config.vision_bottleneck_ae_only else trunk.bottleneck(rows)
-    return head(rows).split((len(cls), len(mask_indices)))
+
+def masked_patches(patches, views):
+    """Of patches (crops, N, dim) those that the masks hide from the student: (M, dim)."""
+    return patches.flatten(0, 1)[views["mask_indices"]]
+
+
+def ssl_logits(config, trunk, head, rows):
+    """The head on CLS tokens or patches (M, dim) -> logits (M, K)."""
+    return head(rows if config.vision_bottleneck_ae_only else trunk.bottleneck(rows))
 
 
 @torch.no_grad()
@@ -294,10 +309,9 @@ def teacher_targets(state, views):
     teacher, args = state.teacher, state.args
     with torch.autocast(views["masks"].device.type, torch.bfloat16, enabled=args.precision == "bf16"):
         cls, patches = teacher["trunk"](views["global_crops"])[-1]
-        cls_logits, patch_logits = ssl_logits(state.config, teacher["trunk"], teacher["head"], cls, patches,
-                                              views["mask_indices"])
-    temperature = state.scheduled["teacher_temp"]
-    return sinkhorn_knopp(cls_logits, temperature), sinkhorn_knopp(patch_logits, temperature)
+        logits = [ssl_logits(state.config, teacher["trunk"], teacher["head"], rows)
+                  for rows in (cls, masked_patches(patches, views))]
+    return tuple(sinkhorn_knopp(x, state.scheduled["teacher_temp"]) for x in logits)
 
 
 # ----- State: the model, the teacher, the optimiser and its schedules -------------------------------------
@@ -327,7 +341,9 @@ def build_state(args, config, device):
     model = VTP(config)
     (load_init if args.init else scale_initial_weights)(model, args)
     model.to(device)
-    model.trunk.checkpoint_blocks = args.checkpoint_blocks
+    for tower in (model.trunk, getattr(model, "pixel_decoder", None)):
+        if tower is not None:
+            tower.checkpoint_blocks = args.checkpoint_blocks
     if args.lambda_ssl == 0:
         model.trunk.mask_token.requires_grad_(False)         # DDP wants a gradient for all that has one
     if args.lambda_rec == 0 and config.vision_bottleneck_ae_only:
@@ -508,10 +524,10 @@ def main(argv=None):
     while step < n_steps:
         with log.timing("data"):
             batch = next(batches)
-            place = stream.advance(place, batch)
-            images, tokens = (x if x is None else x.to(device, non_blocking=True)
-                              for x in (batch["images"], batch["tokens"]))
-            views = make_views(args, config, step, images, tokens)
+        place = stream.advance(place, batch)
+        images, tokens = (x if x is None else x.to(device, non_blocking=True)
+                          for x in (batch["images"], batch["tokens"]))
+        views = make_views(args, config, step, images, tokens)
         scheduled = set_schedules(state, step, n_steps)
         if not log.flops_per_step:
             log.flops_per_step = count_flops(lambda: forward_backward(state, views))
@@ -527,6 +543,7 @@ def main(argv=None):
                 log.write("eval", step, measure_now(state, tokenize, held_out, gallery, args, step))
             if step % checkpoint_every == 0 or is_last:
                 save_checkpoint(checkpoint, state, step, log.flops_per_step, stream.gather_place(place))
+    run_step.close()
     log.bar.close()
     if rank() == 0:
         state.model.save_pretrained(os.path.join(args.out, "tokenizer"))
@@ -675,6 +692,7 @@ def warmed_up_cosine(peak, end, warmup, step, n_steps):
 def compile_blocks(*modules):
     """torch.compile each transformer block in place: small graphs, compiled once for each shape."""
     torch._dynamo.config.recompile_limit = 64       # blocks share a cache, and passes differ in shape
+    torch._dynamo.config.optimize_ddp = False       # else DDP's buckets would split each block's graph
     for module in modules:
         for name, child in module.named_modules() if module is not None else ():
             if re.search(r"blocks\.\d+$", name):
@@ -682,30 +700,39 @@ def compile_blocks(*modules):
 
 
 def wrap_in_ddp(module, device):
-    """DistributedDataParallel where there are ranks; on CUDA made on a side stream, as capture requires."""
+    """DistributedDataParallel where there are ranks; on CUDA made on the side stream, as capture requires."""
     if not dist.is_initialized():
         return module
-    if device.type == "cpu":
-        return DistributedDataParallel(module, broadcast_buffers=False)
     with side_stream():
-        return DistributedDataParallel(module, device_ids=[device.index], broadcast_buffers=False,
-                                       gradient_as_bucket_view=True)
+        device_ids = [device.index] if device.type == "cuda" else None
+        module = DistributedDataParallel(module, device_ids, gradient_as_bucket_view=True)
+    module.broadcast_buffers = False    # they never change; newer versions warn of the argument
+    return module
+
+
+@functools.cache
+def capture_stream():
+    """The one side stream. On several, each would keep its own freed memory, and a gradient would be added up
+    on another stream than that on which DDP was made."""
+    return torch.cuda.Stream()
 
 
 @contextlib.contextmanager
 def side_stream():
-    """A CUDA stream that waits for what is under way, and that the current one then waits for."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
+    """On CUDA, a stream that waits for what is under way, and that the current one then waits for."""
+    if not torch.cuda.is_available():
         yield
-    torch.cuda.current_stream().wait_stream(side)
+        return
+    capture_stream().wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(capture_stream()):
+        yield
+    torch.cuda.current_stream().wait_stream(capture_stream())
 
 
 class CapturedStep:
     """step(inputs), inputs a dict of tensors of static shape: eager on a CPU, a CUDA graph replayed on a GPU.
-    The first WARM_UP calls run eagerly on a side stream (DDP needs 11), the next one captures. The step must
-    leave its results in tensors that outlive it."""
+    The first WARM_UP calls run eagerly on the side stream (DDP needs 11), the next one captures. The step
+    must leave its results in tensors that outlive it. close() it before the process group is left."""
 
     WARM_UP = 11
 
@@ -722,12 +749,22 @@ class CapturedStep:
         if self.graph is None:
             self.static = {k: v.clone() for k, v in inputs.items()}
             self.graph = torch.cuda.CUDAGraph()
+            atexit.register(self.close)
             # thread_local: the loader pins memory in a thread of its own
-            with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+            with torch.cuda.graph(self.graph, stream=capture_stream(), capture_error_mode="thread_local"):
                 self.step(self.static)
         for name, value in inputs.items():
             self.static[name].copy_(value)
         self.graph.replay()
+
+    def close(self):
+        """Drop the graph: NCCL waits for ever when it is shut down under a graph that holds its work (PyTorch
+        issue 115388). The end of the program does this too, so that one that an exception ends does end."""
+        atexit.unregister(self.close)
+        if self.graph is not None:
+            torch.cuda.synchronize()
+            self.graph.reset()
+            self.graph = None
 
 
 def count_flops(compute):
@@ -740,7 +777,8 @@ def count_flops(compute):
     counter = FlopCounterMode(display=False, custom_mapping={on_cpu: fused_attention})
     is_compiled = "torch._dynamo" in sys.modules        # else its import, of a second, is spared
     with torch.compiler.set_stance("force_eager") if is_compiled else contextlib.nullcontext(), counter:
-        compute()
+        with side_stream():
+            compute()
     return counter.get_total_flops() * world_size()
 
 
@@ -825,7 +863,7 @@ class Log:
     teacher_entropy       nats, of the teacher's targets; teacher_entropy_uniform would be collapse
     lr, weight_decay, teacher_momentum, teacher_temp, samples_per_second, flops_per_second
     matmul_share          of the rate of a bf16 matrix product, measured at the start
-    data_share            part of the time that loader and views took
+    data_share            part of the time in which the loop waited for the loader
     skipped_samples       unusable ones since the run began; skipped_steps: not finite, since the last row"""
 
     LINE = ("loss {loss:.4f}", "clip {loss_clip:.3f}", "rec {loss_rec:.3f}", "dino {loss_dino:.3f}",

@@ -279,6 +279,13 @@ class Block(nn.Module):
         return x.index_add(0, keep[1], self.ffn_branch(x[keep[1]]).to(x.dtype), alpha=scale)
 
 
+def run_block(block, is_recomputed, *inputs):
+    """block(*inputs), computed again in the backward if is_recomputed: more time, far less memory."""
+    if is_recomputed and torch.is_grad_enabled():
+        return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
+    return block(*inputs)
+
+
 def samples_kept(batch_size, drop_path):
     """How many samples pass a branch at stochastic depth: a fixed number, for static shapes (DINOv2)."""
     return max(int(batch_size * (1 - drop_path)), 1)
@@ -315,7 +322,7 @@ class Encoder(nn.Module):
         self.blocks = nn.ModuleList(Block(dim, *options) for _ in range(config.vision_depth))
         self.norm = make_norm(config.vision_norm_layer, dim)
         self.feature_bottleneck = nn.Linear(dim, d, bias=False) if d != dim else nn.Identity()
-        self.checkpoint_blocks = False  # recompute them in the backward: a third more time, far less memory
+        self.checkpoint_blocks = False
         _init_linears(self.blocks)
         _init_linears(self.feature_bottleneck)
         nn.init.normal_(self.cls_token, std=0.02)
@@ -338,11 +345,8 @@ class Encoder(nn.Module):
         x = torch.cat((self.cls_token.expand(len(x), -1, -1), x), dim=1)  # (B, 1 + N, dim)
         outputs = []
         for i, block in enumerate(self.blocks):
-            inputs = (x, rope, None if keep is None else keep[i])  # of keep (depth, 2, kept)
-            if self.checkpoint_blocks and torch.is_grad_enabled():
-                x = checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
-            else:
-                x = block(*inputs)
+            of_block = None if keep is None else keep[i]  # of keep (depth, 2, kept)
+            x = run_block(block, self.checkpoint_blocks, x, rope, of_block)
             if i >= len(self.blocks) - n_last:
                 outputs.append(self.norm(x))
         return [(x[:, 0], x[:, 1:]) for x in outputs]
@@ -365,16 +369,19 @@ class PixelDecoder(nn.Module):
         self.blocks = nn.ModuleList(Block(dim, *options) for _ in range(config.decoder_depth))
         self.norm = make_norm(config.decoder_norm_layer, dim)
         self.proj_out = nn.Conv2d(dim, 3 * self.UPSCALE ** 2, 1)
+        self.checkpoint_blocks = False
         _init_linears(self)
 
     def forward(self, latents):
-        x = self.proj_in(latents)  # (B, dim, h, w)
-        rope = self.rope_embed(*x.shape[-2:], n_prefix=0)
-        x = x.flatten(2).transpose(1, 2)  # (B, h*w, dim)
+        # The 1x1 convolutions run as linears: on these layouts their weights' gradients would not have the
+        # weights' strides, and DDP would copy them.
+        linear = lambda conv, x: F.linear(x, conv.weight.flatten(1), conv.bias)
+        x = linear(self.proj_in, latents.flatten(2).transpose(1, 2))  # (B, h*w, dim)
+        rope = self.rope_embed(*latents.shape[-2:], n_prefix=0)
         for block in self.blocks:
-            x = block(x, rope)
-        x = self.norm(x).transpose(1, 2).unflatten(2, latents.shape[-2:])  # (B, dim, h, w)
-        return F.pixel_shuffle(self.proj_out(x), self.UPSCALE)
+            x = run_block(block, self.checkpoint_blocks, x, rope)
+        x = linear(self.proj_out, self.norm(x))  # (B, h*w, 3 * UPSCALE^2)
+        return F.pixel_shuffle(x.transpose(1, 2).unflatten(2, latents.shape[-2:]), self.UPSCALE)
 
 
 class TextAttention(nn.Module):

@@ -198,10 +198,22 @@ def test_stochastic_depth_processes_the_kept_samples_only_and_scales_them():
 def test_checkpointed_blocks_give_the_same_gradients():
     torch.manual_seed(0)
     model, images = VTP(micro_config()), torch.randn(2, 3, 64, 64)
-    grads = []
-    for model.trunk.checkpoint_blocks in (False, True):
-        grads.append(torch.autograd.grad(model.encode(images).sum(), list(model.trunk.blocks.parameters())))
-    assert all(torch.equal(a, b) for a, b in zip(*grads))
+    towers = (model.trunk, model.pixel_decoder)
+    parameters = [p for tower in towers for p in tower.blocks.parameters()]
+    results, kept = [], []
+    for checkpointed in (False, True):
+        for tower in towers:
+            tower.checkpoint_blocks = checkpointed
+        kept.append(0)
+
+        def keep(x):
+            kept[-1] += x.numel()
+            return x
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            value = model.decode(model.encode(images)).square().mean()
+        results.append((value, *torch.autograd.grad(value, parameters)))
+    assert all(torch.equal(a, b) for a, b in zip(*results))
+    assert kept[1] < kept[0] / 2        # with one of the three blocks as before it would be more
 
 
 # ------------------------------------------------------------------------------------------------------------
