@@ -440,13 +440,17 @@ def make_loader(stream, pin_memory=False):
     n = stream.n_workers
     return torch.utils.data.DataLoader(stream, batch_size=None, num_workers=n, pin_memory=pin_memory,
                                        prefetch_factor=4 if n else None, persistent_workers=n > 0,
-                                       worker_init_fn=ignore_signals)
+                                       worker_init_fn=outlive_first_signal)
 
 
-def ignore_signals(worker):
-    """A signal to stop reaches loader processes, too: they serve until their rank has saved, and end with it."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+def outlive_first_signal(_):
+    """Ctrl-C and SIGTERM may reach loader processes, too: they serve on while their rank ends its step and
+    saves, which gets it 30 seconds from most schedulers."""
+    def wait(*_):
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.alarm(30)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, wait)
 
 
 def each_sample(source, reader=0, n_readers=1, seed=None):

@@ -13,9 +13,9 @@ tars; then two such nodes (run on each, with its own --node_rank):
     torchrun --nnodes=2 --node_rank=0 --master_addr=HOST --master_port=29500 --nproc_per_node=8 \\
         train_tokenizer.py ...
 
-Go on after a stop, bit for bit: the same command with --resume (or just --out FOLDER --resume). The folder
-gets run.json (what produced it), metrics.jsonl (fields: see Log), checkpoint.pt, pictures, and tokenizer/ in
-the released format.
+Go on after a stop, bit for bit: the same command with --resume (or just --out FOLDER --resume). Ctrl-C and
+SIGTERM stop a run after its step, with a checkpoint. The folder gets run.json (what produced it),
+metrics.jsonl (fields: see Log), checkpoint.pt, pictures, and tokenizer/ in the released format.
 """
 import argparse
 import atexit
@@ -28,6 +28,7 @@ import math
 import os
 import platform
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -44,11 +45,12 @@ from tqdm import tqdm
 
 import data
 import evaluate
-from losses import (LPIPS, barrier, clip_loss, cross_entropy, dino_loss, first_on_node, ibot_loss,
-                    init_distributed, koleo_loss, leave_distributed, rank, reconstruction_loss,
-                    sinkhorn_knopp, sum_over_ranks, world_size)
-from vtp import (VTP, VTP_SIZES, SSLHead, denormalize, find_checkpoint, read_config, read_safetensors,
-                 run_block, samples_kept, vtp_config, write_atomically)
+from losses import (LPIPS, by_first_rank, clip_loss, cross_entropy, dino_loss, fail, first_on_node,
+                    gather_objects, ibot_loss, init_distributed, koleo_loss, leave_distributed,
+                    one_line_errors, rank, reconstruction_loss, sinkhorn_knopp, sum_over_ranks, world_size)
+from vtp import (VTP, VTP_SIZES, SSLHead, UserError, claim_folder, denormalize, find_checkpoint,
+                 is_leftover, load_tensors, read_config, read_safetensors, run_block, samples_kept, vtp_config,
+                 write_atomically)
 
 # ----- Settings -------------------------------------------------------------------------------------------
 # The help of an option gives its reason and source. Models narrower than `small`, such as tiny, have a recipe
@@ -73,20 +75,26 @@ def make_parser():
     parser = Settings(__doc__)
     section, option, flag = parser.section, parser.option, parser.flag
     section("data")
-    option("--data", None, "a folder of class folders, or tars (a folder, glob or braces); default: built in")
-    option("--val_data", None, "held-out data of the same kinds; the built-in set has its own split")
+    option("--data", None, "a folder of class folders, or tars (a folder, glob or braces); default: built in",
+           absolute)
+    option("--val_data", None, "held-out data of the same kinds; the built-in set has its own split",
+           absolute)
     option("--label", "cls", "tars: where the class is, 'cls' (KEY.cls) or a field of KEY.json")
-    option("--classnames", None, "a file with a class name on each line, in the order of the labels")
+    option("--classnames", None, "a file with a class name on each line, in the order of the labels", absolute)
     option("--train_size", 65536, "scenes in the built-in set", count, tiny=16384)
-    option("--canvas", None, "side of the images that views are cropped from; default: the image size", count)
-    option("--bpe", None, "path of CLIP's bpe_simple_vocab_16e6.txt.gz; default: fetched once")
+    # Of a canvas of the image's size CLIP's crops are enlarged, and the decoder learns to blur: of white noise
+    # such views keep half of the power in the highest quarter of frequencies.
+    option("--canvas", None, "side of the images that views are cropped from; default: 5/4 of the image size, "
+           "so that none is enlarged; if built in, the image size", count)
+    option("--bpe", None, "path of CLIP's bpe_simple_vocab_16e6.txt.gz; default: fetched once", absolute)
     option("--max_skipped", 0.1, "largest share of unusable samples before the run stops", share)
 
     section("model")
     option("--model", "tiny", f"size: {', '.join(VTP_SIZES)}")
     option("--image_size", None, "side in pixels; default: the size's own", count)
     option("--latent_dim", None, "channels d of the latents; default: 64 (paper; 256 in one ablation)", count)
-    option("--init", None, "start from a run, a folder or a hub id, whose config then gives the model")
+    option("--init", None, "start from a run, a folder or a hub id, whose config then gives the model",
+           folder_or_name)
     # A small model starts too quiet for a run of minutes. An initial std of 0.02 is a gain of 0.64 a layer at
     # width 1024 but of 0.32 at 256: details stayed unlearned, and 86 % of the variance of tiny's features was
     # the background's colour. CLIP's initial tokens are only twice as large as positions: a text in bytes is
@@ -100,7 +108,8 @@ def make_parser():
     option("--lambda_rec", 0.1, "weight of L1 + LPIPS (arXiv v2); more without LPIPS", not_negative, tiny=3.0)
     option("--lambda_ssl", 1.0, "weight of self-distillation; 0 builds no teacher", not_negative)
     option("--lambda_clip", 1.0, "weight of the image-text loss; 0 builds no text tower", not_negative)
-    option("--lpips", "auto", "auto fetches its files, a folder holds them, none is L1 alone", tiny="none")
+    option("--lpips", "auto", "auto fetches its files, a folder holds them, none is L1 alone", folder_or_name,
+           tiny="none")
     option("--prototypes", 65536, "K, outputs of the SSL head (DINOv2)", count, tiny=1024)
     option("--n_local", 8, "local crops a sample, 3/8 of the side in whole patches (DINOv2)", count, tiny=4)
 
@@ -133,7 +142,8 @@ def make_parser():
     option("--workers", None, "loader processes a rank; default: 0 for the built-in set, else up to 8", whole)
     option("--log_every", 10, "steps between log lines", count)
     option("--eval_every", None, "steps between held-out measures; default: a fifth of the run", count)
-    option("--checkpoint_every", None, "steps between checkpoints; default: as --eval_every", count)
+    option("--checkpoint_every", None, "steps between checkpoints, of which none is 15 minutes after the last "
+           "one; default: as --eval_every", count)
     option("--eval_samples", 1024, "held-out samples; probes learn from four times as many", count)
     flag("--compile", "torch.compile the blocks; default: on CUDA only", yes_or_no=True, default=None)
     flag("--cuda_graph", "capture the step on CUDA", yes_or_no=True, default=True)
@@ -141,25 +151,25 @@ def make_parser():
     return parser
 
 
+@one_line_errors()
 def read_settings(argv=None):
     """Arguments and the model's config: parsed, completed and checked, each once.
     Whatever is wrong ends the program with a message that says what to change."""
     parser = make_parser()
     args = parser.read(argv)
-    with parser.errors():
-        config = vtp_config(args.model)
-        if args.init:                       # a hub id is fetched
-            config = read_config(first_on_node(lambda: find_checkpoint(args.init)))
-        is_tiny = config.vision_embed_dim < TINY_WIDTH
-        parser.complete(args, is_tiny)
-        follow_batch_size(args, is_tiny)
-        latent_dim = args.latent_dim or config.vision_feature_bottleneck
-        if args.init and latent_dim != config.vision_feature_bottleneck:
-            raise ValueError(f"--latent_dim {latent_dim}: the model of --init has another; leave it out")
-        config = replace(config, image_size=args.image_size or config.image_size,
-                         vision_feature_bottleneck=latent_dim, train_clip=args.lambda_clip > 0,
-                         train_reconstruction=args.lambda_rec > 0)     # what no objective trains is left out
-        check(parser, args)
+    config = vtp_config(args.model)
+    if args.init:                           # a hub id is fetched
+        config = read_config(first_on_node(lambda: find_checkpoint(args.init)))
+    is_tiny = config.vision_embed_dim < TINY_WIDTH
+    parser.complete(args, is_tiny)
+    follow_batch_size(args, is_tiny)
+    latent_dim = args.latent_dim or config.vision_feature_bottleneck
+    if args.init and latent_dim != config.vision_feature_bottleneck:
+        raise ValueError(f"--latent_dim {latent_dim}: the model of --init has another; leave it out")
+    config = replace(config, image_size=args.image_size or config.image_size,
+                     vision_feature_bottleneck=latent_dim, train_clip=args.lambda_clip > 0,
+                     train_reconstruction=args.lambda_rec > 0)         # what no objective trains is left out
+    check(parser, args)
     return args, config
 
 
@@ -327,6 +337,7 @@ class State:
     optimizer: torch.optim.Optimizer
     scheduled: dict                  # weight_decay, teacher_momentum, teacher_temp; rates are the optimizer's
     totals: dict                     # sums over this rank's finite steps since the last log line
+    is_finite: torch.Tensor          # 0-d: was the last step, on all ranks
     config: object
     args: argparse.Namespace
 
@@ -363,7 +374,8 @@ def build_state(args, config, device):
     scheduled = {name: torch.zeros((), device=device) for name in scheduled}
     objectives = wrap_in_ddp(Objectives(model, head, lpips, args), device)
     optimizer = make_optimizer(model, head, args, device)
-    return State(model, head, student, teacher, objectives, optimizer, scheduled, {}, config, args)
+    is_finite = torch.ones((), dtype=torch.bool, device=device)
+    return State(model, head, student, teacher, objectives, optimizer, scheduled, {}, is_finite, config, args)
 
 
 def load_init(model, args):
@@ -448,6 +460,7 @@ def train_step(state, views):
     loss, losses, targets = forward_backward(state, views)
     grad_norm = clip_gradients(state)
     is_finite = finite_on_all_ranks(loss, grad_norm)
+    state.is_finite.copy_(is_finite)
     update(state, is_finite)
     with torch.no_grad():
         values = {"loss": loss, "grad_norm": grad_norm, **{f"loss_{name}": x for name, x in losses.items()}}
@@ -492,10 +505,12 @@ def update(state, is_finite):
 
 # ----- The run --------------------------------------------------------------------------------------------
 
+@one_line_errors()
 def main(argv=None):
     """Train as the arguments say."""
     device = init_distributed()
     args, config = read_settings(argv)
+    by_first_rank(lambda: claim_folder(args.out))
     if device.type == "cpu":
         keep_freed_memory()
     source, tokenize, held_out, gallery = open_data(args, config)
@@ -510,41 +525,43 @@ def main(argv=None):
     workers = data.default_workers(args.data) if args.workers is None else args.workers
     stream = data.SampleStream(source, args.batch_size, tokenize, config.text_context_length, args.seed,
                                workers, place, args.max_skipped)
-    n_before, n_readers = len(place["readers"]) if args.resume else 0, len(stream.place["readers"])
+    n_before, n_readers = len(place["readers"]) if place else 0, len(stream.place["readers"])
     if n_before not in (0, n_readers) and isinstance(source, data.TarSource) and rank() == 0:
         print(f"{n_readers} readers of tars instead of {n_before}: what lay in shuffle buffers comes again")
     batches, place = iter(data.make_loader(stream, pin_memory=device.type == "cuda")), stream.place
     run_step = CapturedStep(lambda views: train_step(state, views), device.type == "cuda" and args.cuda_graph)
     eval_every = args.eval_every or math.ceil(n_steps / 5)
-    checkpoint_every = args.checkpoint_every or eval_every
     with log.timing("pause"):
         if held_out is not None and step == 0:
             log.write("eval", 0, measure_now(state, tokenize, held_out, gallery, args, 0))
 
-    while step < n_steps:
-        with log.timing("data"):
-            batch = next(batches)
-        place = stream.advance(place, batch)
-        images, tokens = (x if x is None else x.to(device, non_blocking=True)
-                          for x in (batch["images"], batch["tokens"]))
-        views = make_views(args, config, step, images, tokens)
-        scheduled = set_schedules(state, step, n_steps)
-        if not log.flops_per_step:
-            log.flops_per_step = count_flops(lambda: forward_backward(state, views))
-        run_step(views)
-        step += 1
-        log.bar.update(args.batch_size)
+    with Saving(checkpoint, args.checkpoint_every or eval_every) as saving:
+        while step < n_steps and not saving.stop:
+            with log.timing("data"):
+                batch = next(batches)
+            place = stream.advance(place, batch)
+            images, tokens = (x if x is None else x.to(device, non_blocking=True)
+                              for x in (batch["images"], batch["tokens"]))
+            views = make_views(args, config, step, images, tokens)
+            scheduled = set_schedules(state, step, n_steps)
+            if not log.flops_per_step:
+                log.flops_per_step = count_flops(lambda: forward_backward(state, views))
+            run_step(views)
+            step += 1
+            log.bar.update(args.batch_size)
 
-        is_last = step == n_steps
-        if step % args.log_every == 0 or is_last:
-            log.write_train(step, state.totals, scheduled, data.total_skipped(stream.gather_place(place)))
-        with log.timing("pause"):
-            if held_out is not None and (step % eval_every == 0 or is_last):
-                log.write("eval", step, measure_now(state, tokenize, held_out, gallery, args, step))
-            if step % checkpoint_every == 0 or is_last:
-                save_checkpoint(checkpoint, state, step, log.flops_per_step, stream.gather_place(place))
+            is_last, is_logged = step == n_steps, step % args.log_every == 0 or step == n_steps
+            if is_logged:
+                log.write_train(step, state.totals, scheduled, data.total_skipped(stream.gather_place(place)))
+            with log.timing("pause"):
+                if held_out is not None and (step % eval_every == 0 or is_last):
+                    log.write("eval", step, measure_now(state, tokenize, held_out, gallery, args, step))
+                if saving.is_due(step, is_logged, is_last):
+                    save_checkpoint(saving, state, step, is_last, log.flops_per_step,
+                                    stream.gather_place(place))
     run_step.close()
     log.bar.close()
+    saving.leave_if_stopped(args, step)
     if rank() == 0:
         state.model.save_pretrained(os.path.join(args.out, "tokenizer"))
         evaluate.save_image(evaluate.training_curves(args.out), os.path.join(args.out, "curves.png"))
@@ -554,7 +571,8 @@ def main(argv=None):
 
 def open_data(args, config):
     """-> training source, text tokenizer, and this rank's held-out and gallery samples, or None for both."""
-    needs_caption, canvas = args.lambda_clip > 0, args.canvas or config.image_size
+    needs_caption, size = args.lambda_clip > 0, config.image_size
+    canvas = args.canvas or (size if args.data is None else math.ceil(5 / 4 * size))
     common = dict(classnames=args.classnames, label=args.label, needs_caption=needs_caption)
     tokenize = None
     if needs_caption:
@@ -563,9 +581,12 @@ def open_data(args, config):
     if args.data is not None and args.val_data is None:
         return source, tokenize, None, None
     folders = getattr(source, "folders", None)
-    val_source = data.open_source(args.val_data, canvas, "val", **common, folders=folders)
+    val_source = data.open_source(args.val_data, size, "val", **common, folders=folders)
     held_out = data.load_evaluation_set(val_source, args.eval_samples)
-    return source, tokenize, held_out, data.load_evaluation_set(source, 4 * args.eval_samples)
+    gallery_source = source         # what is measured is read at the image's size, as evaluate.py does
+    if canvas != size:
+        gallery_source = data.open_source(args.data, size, "train", args.train_size, **common)
+    return source, tokenize, held_out, data.load_evaluation_set(gallery_source, 4 * args.eval_samples)
 
 
 def measure_now(state, tokenize, held_out, gallery, args, step):
@@ -581,7 +602,8 @@ def measure_now(state, tokenize, held_out, gallery, args, step):
 # ----- Shared with train_dit.py: settings -----------------------------------------------------------------
 
 MAY_CHANGE_ON_RESUME = {"out", "resume", "workers", "log_every", "eval_every", "checkpoint_every", "compile",
-                        "cuda_graph", "max_skipped"}
+                        "cuda_graph", "max_skipped",
+                        "lr", "clip_grad", "precision"}     # for a run that was not finite
 
 
 def number(kind, is_right, words):
@@ -601,6 +623,16 @@ positive = number(float, lambda x: 0 < x < math.inf, "positive")
 not_negative = number(float, lambda x: 0 <= x < math.inf, "positive or 0")
 part = number(float, lambda x: 0 <= x <= 1, "between 0 and 1")
 share = number(float, lambda x: 0 <= x < 1, "between 0 and 1, and below 1")
+
+
+def absolute(text):
+    """A type for argparse: an absolute path, so that what a run records means the same from any folder."""
+    return os.path.abspath(text)
+
+
+def folder_or_name(text):
+    """The same of a folder; a hub id, or a word such as "auto", stays."""
+    return os.path.abspath(text) if os.path.isdir(text) else text
 
 
 class Settings(argparse.ArgumentParser):
@@ -627,16 +659,22 @@ class Settings(argparse.ArgumentParser):
         action = argparse.BooleanOptionalAction if yes_or_no else "store_true"
         self.group.add_argument(name, action=action, default=default, help=f"{help} [{default}]")
 
+    def error(self, message):
+        fail(message)
+
     def read(self, argv):
         """Arguments of a new run, whose --out must be free; with --resume those that its run began with."""
         args = self.parse_args(argv)
+        checkpoint = os.path.join(args.out, "checkpoint.pt")
+        recorded = evaluate.recorded_arguments(args.out)
         if not args.resume:
-            if os.path.isdir(args.out) and os.listdir(args.out):
+            if recorded and not os.path.isfile(checkpoint):
+                self.error(f"--out {args.out} has a run without a checkpoint: --resume starts it anew")
+            if os.path.isdir(args.out) and not all(map(is_leftover, os.listdir(args.out))):
                 self.error(f"--out {args.out} is not empty: choose another, or go on with --resume")
             return args
-        recorded = evaluate.recorded_arguments(args.out)
-        if not recorded or not os.path.isfile(os.path.join(args.out, "checkpoint.pt")):
-            self.error(f"--resume: {args.out} holds no checkpoint.pt and run.json of a run to go on with")
+        if not recorded:
+            self.error(f"--resume: {args.out} has no run.json of a run to go on with")
         self.set_defaults(**{k: v for k, v in recorded.items() if k not in ("resume", "out")})
         args = self.parse_args(argv)
         changed = [f"--{k} (was {v}, now {getattr(args, k, None)})" for k, v in recorded.items()
@@ -655,14 +693,6 @@ class Settings(argparse.ArgumentParser):
     def said(self, name, args):
         """An option and its value for a message, and that it is a default where the user did not give it."""
         return f"--{name} {getattr(args, name)}" + (" (the default here)" if self.given[name] is None else "")
-
-    @contextlib.contextmanager
-    def errors(self):
-        """An error in here ends the program with its message."""
-        try:
-            yield
-        except (ValueError, FileNotFoundError, RuntimeError) as error:
-            self.error(str(error))
 
 
 def check_paths(args, data_options, file_options):
@@ -807,39 +837,124 @@ def keep_freed_memory():
 
 # ----- Shared with train_dit.py: checkpoints and the log --------------------------------------------------
 
-def save_checkpoint(path, state, step, flops_per_step, place=None):
-    """Everything needed to go on, by rank 0. place: as of SampleStream; None if the step says it."""
-    if rank() == 0:
-        content = {name: module.state_dict() for name, module in state.modules().items()}
-        content.update(optimizer=state.optimizer.state_dict(), totals=state.totals, step=step,
-                       flops_per_step=flops_per_step, place=place)
-        write_atomically(path, lambda f: torch.save(content, f))
-    barrier()
+class Saving:
+    """When a run saves: every so many steps, 15 minutes after the last time, at the end, and when it is asked
+    to stop. A first Ctrl-C or SIGTERM asks for that, a second one ends the process at once."""
+
+    SECONDS = 900
+    SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+    def __init__(self, path, every):
+        self.path, self.every, self.saved_at, self.saved_step = path, every, time.monotonic(), None
+        self.asked = self.stop = None       # signals: what this process got, what all ranks agreed on
+
+    def __enter__(self):
+        self.before = {number: signal.signal(number, self.ask) for number in self.SIGNALS}
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def ask(self, number, _):
+        self.asked = number
+        for each in self.SIGNALS:
+            signal.signal(each, signal.SIG_DFL)
+        if rank() == 0:         # print could be under way
+            os.write(2, b"\nstopping: the step ends, then a checkpoint is written; once more stops at once\n")
+
+    def is_due(self, step, is_logged, is_last):
+        """Save after this step? Ranks must agree on that and on the step to stop after. They ask each other
+        where they wait for each other anyway, at log lines."""
+        is_late = False
+        if is_logged or world_size() == 1:
+            asked, is_late = zip(*gather_objects((self.asked, time.monotonic() > self.saved_at + self.SECONDS)))
+            self.stop, is_late = next(filter(None, asked), None), is_late[0]
+        return step % self.every == 0 or is_last or is_late or self.stop is not None
+
+    def leave_if_stopped(self, args, step):
+        """End the program if a signal did not let the run come to its end."""
+        if self.stop and step < args.samples // args.batch_size:
+            if rank() == 0:
+                print(f"stopped after step {step}, which checkpoint.pt holds: --out {args.out} --resume goes on")
+            leave_distributed()
+            sys.exit(128 + self.stop)
+
+
+def save_checkpoint(saving, state, step, is_last, flops_per_step, place=None):
+    """Everything needed to go on, by rank 0. place: as of SampleStream; None if the step says it.
+    UserError: weights, or the last step of the run, are not finite. What a full disk prevents, or a step that
+    was not finite, is tried again later; OSError if there is no later."""
+    content = {name: module.state_dict() for name, module in state.modules().items()}
+    content.update(optimizer=state.optimizer.state_dict(), totals=state.totals, step=step,
+                   flops_per_step=flops_per_step, place=place)
+    tensors = [t for name in state.modules() for t in content[name].values()]
+    tensors += [t for moments in content["optimizer"]["state"].values() for t in moments.values()]
+    are_finite = bool(torch.stack([t.isfinite().all() for t in tensors]).all())
+    if not are_finite or is_last and not state.is_finite:
+        what = "the last step was" if are_finite else "weights are"
+        raise UserError(f"{what} not finite at step {step}. {how_to_go_on(state.args)}")
+
+    def write():
+        try:
+            if not state.is_finite:
+                raise OSError("the last step was not finite")
+            write_atomically(saving.path, lambda f: torch.save(content, f), sum(t.nbytes for t in tensors))
+        except OSError as error:
+            if is_last or saving.stop:
+                raise
+            tqdm.write(f"no checkpoint at step {step}, the run goes on and tries again: {error}")
+            return saving.saved_step
+        return step
+    saving.saved_step, saving.saved_at = by_first_rank(write), time.monotonic()
+
+
+def how_to_go_on(args):
+    """Advice for a run that is no longer finite."""
+    is_saved = os.path.isfile(os.path.join(args.out, "checkpoint.pt"))
+    return (f"A lower rate may help (or --precision fp32): --out {args.out} --resume --lr {args.lr / 2:.2g} goes "
+            f"on {'from the last checkpoint' if is_saved else 'from the start, as there is no checkpoint yet'}")
 
 
 def load_checkpoint(path, state, device):
-    """Restore what save_checkpoint wrote -> step, FLOPs of a step, place."""
-    content = torch.load(path, map_location=device, weights_only=True)
-    for name, module in state.modules().items():
-        module.load_state_dict(content[name])
-    state.optimizer.load_state_dict(content["optimizer"])
-    state.totals.update(content["totals"])
-    return content["step"], content["flops_per_step"], content["place"]
+    """Restore what save_checkpoint wrote -> step, FLOPs of a step, place; (0, 0, None) if it wrote nothing.
+    ValueError names a file that is broken, or of another model."""
+    if not os.path.isfile(path):
+        return 0, 0, None
+    content = load_tensors(path, device)
+    try:
+        for name, module in state.modules().items():
+            module.load_state_dict(content[name])
+        state.optimizer.load_state_dict(content["optimizer"])
+        state.totals.update(content["totals"])
+        return content["step"], content["flops_per_step"], content["place"]
+    except Exception as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"{path} is broken or of another model ({reason}): put a copy there, or delete it to "
+                         "start the run anew with --resume") from error
 
 
-def record_run(args):
-    """Write run.json: arguments, git state, versions, machine. What made the numbers in this folder."""
+def record_run(args, step):
+    """Write run.json: arguments, git state, versions, machine. What made the numbers in this folder.
+    The record before a resume that changes the arguments is kept in "before", and until which step it held."""
     def git(command):
         folder = os.path.dirname(os.path.abspath(__file__))
         return subprocess.run(f"git {command}", shell=True, capture_output=True, text=True, cwd=folder).stdout
+    path, arguments = os.path.join(args.out, "run.json"), {**vars(args), "resume": False}
     device = f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
-    record = dict(arguments=vars(args), command=" ".join(sys.argv), world_size=world_size(),
+    record = dict(arguments=arguments, command=" ".join(sys.argv), world_size=world_size(),
                   started=time.strftime("%Y-%m-%d %H:%M:%S %z"), git_commit=git("rev-parse HEAD").strip(),
                   git_changes=git("status --short").splitlines(), python=platform.python_version(),
                   torch=torch.__version__, machine=platform.platform(),
                   device=torch.cuda.get_device_name() if torch.cuda.is_available() else device)
+    if args.resume:
+        with open(path, encoding="utf-8") as f:
+            before = json.load(f)
+        if {**before["arguments"], "out": args.out} == arguments:
+            return
+        record["before"] = {**before, "until_step": step}
     text = json.dumps(record, indent=2).encode() + b"\n"
-    write_atomically(os.path.join(args.out, "run.json"), lambda f: f.write(text))
+    write_atomically(path, lambda f: f.write(text))
 
 
 def matmul_rate(device):
@@ -883,9 +998,8 @@ class Log:
         self.peak = matmul_rate(device) * world_size()
         if rank() == 0:
             os.makedirs(args.out, exist_ok=True)
-            if not args.resume:
-                record_run(args)
-            rows = evaluate.read_metrics(args.out) if args.resume else []
+            record_run(args, step)
+            rows = evaluate.read_metrics(args.out) if step else []
             kept = "".join(json.dumps(row) + "\n" for row in rows if row["step"] <= step)
             write_atomically(self.path, lambda f: f.write(kept.encode()))
             n_parameters = sum(p.numel() for p in model.parameters())
@@ -908,15 +1022,14 @@ class Log:
 
 
     def write_train(self, step, totals, scheduled, skipped):
-        """A row of kind train from totals, which start anew. RuntimeError if not one step was finite."""
+        """A row of kind train from totals, which start anew. UserError if not one step was finite."""
         sums = dict(zip(totals, (sum_over_ranks(torch.stack(list(totals.values()))) / world_size()).tolist()))
         for total in totals.values():
             total.zero_()
         n_finite, n_steps = sums.pop("finite_steps"), sums.pop("steps")
         if n_finite == 0:
-            raise RuntimeError(f"loss or gradient was not finite in all of the last {n_steps:.0f} steps: "
-                               "the last checkpoint is from before or within them; try a lower --lr, a "
-                               "longer --warmup or --precision fp32")
+            raise UserError(f"loss or gradient was not finite in all of the last {n_steps:.0f} steps. "
+                            + how_to_go_on(self.args))
         means = {name: x / n_finite for name, x in sums.items()}
         if "teacher_entropy" in means:
             means["teacher_entropy_uniform"] = math.log(self.args.prototypes)

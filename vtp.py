@@ -611,6 +611,11 @@ DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _claimed = {}                               # folder: its open lock, which the process holds until it ends
 
 
+def is_leftover(name):
+    """Is a file of this name a folder's lock, or what a killed write_atomically has left?"""
+    return name == ".lock" or re.search(r"\.\d+\.tmp$", name) is not None
+
+
 def claim_folder(folder):
     """Make a folder, keep other processes out of it, and sweep the temporary files of killed ones.
     ValueError: another process has claimed it. Where a file system has no locks, there are none."""
@@ -625,8 +630,8 @@ def claim_folder(folder):
             raise ValueError(f"{folder} is in use by another process: wait for it, or choose another") from None
     _claimed[os.path.realpath(folder)] = lock
     for root, _, names in os.walk(folder):
-        for name in names:
-            if re.search(r"\.\d+\.tmp$", name):
+        for name in filter(is_leftover, names):
+            if name != ".lock":
                 os.remove(os.path.join(root, name))
 
 
