@@ -36,9 +36,10 @@ import data
 from data import (IMAGE_EXTENSIONS, draw_boxes, gaussian_blur, load_canvas, load_evaluation_set,
                   permutation, resample, step_generator)
 from dit import METHODS, SAMPLING, DiT, generate, noise_and_labels
-from losses import (LPIPS, barrier, first_on_node, gather_objects, init_distributed, leave_distributed, rank,
-                    world_size)
-from vtp import VTP, denormalize, download, find_checkpoint, normalize, write_atomically
+from losses import (LPIPS, barrier, by_first_rank, fail, first_on_node, gather_objects, init_distributed,
+                    leave_distributed, one_line_errors, rank, world_size)
+from vtp import (VTP, UserError, denormalize, download, find_checkpoint, load_tensors, normalize,
+                 write_atomically)
 
 # ----- Metrics --------------------------------------------------------------------------------------------
 
@@ -272,7 +273,7 @@ class InceptionFID(nn.Module):
             path = os.path.join(torch.hub.get_dir(), "checkpoints", os.path.basename(INCEPTION_URL))
             weights = download(INCEPTION_URL, path, INCEPTION_SHA256)
         if weights is not None:
-            self.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
+            self.load_state_dict(load_tensors(weights))
         self.requires_grad_(False).eval().to(memory_format=torch.channels_last)
 
     def prepare(self, images):
@@ -368,7 +369,7 @@ def zero_shot(model, image_features, labels, class_names, templates, tokenize):
     hits = (best == labels.to(best)[:, None]).float()
     interval = binomtest(int(hits[:, 0].sum()), len(hits)).proportion_ci(method="wilson")
     row = dict(zero_shot_top1=hits[:, 0].mean().item(), zero_shot_interval=(interval.high - interval.low) / 2,
-               zero_shot_chance=1 / n_classes)
+               zero_shot_chance=1 / n_classes, zero_shot_templates=len(templates))
     return row | dict(zero_shot_top5=hits.sum(dim=1).mean().item()) if n_classes > 5 else row
 
 
@@ -498,10 +499,10 @@ def train_judge(images, labels, n_classes, device, seed=0, n_steps=200, batch_si
 
 
 def open_judge(path, source, n_classes, device, seed=0, most=16384):
-    """The judge of a labelled source, from path, or trained on up to `most` of its images and kept there."""
-    fingerprint = f"{source.fingerprint()} {n_classes} classes"
-    is_there = os.path.isfile(path) and torch.load(path, weights_only=True)["fingerprint"] == fingerprint
-    if rank() == 0 and not is_there:
+    """The judge of a labelled source, from path, or trained on up to `most` of its images and kept there.
+    A broken file is made anew."""
+    fingerprint = by_first_rank(lambda: f"{source.fingerprint()} {n_classes} classes")
+    if rank() == 0 and read_judge(path, n_classes, fingerprint) is None:
         canvases, _, labels = load_evaluation_set(source, most, whole=True)
         canvases, labels = canvases[labels >= 0], labels[labels >= 0]
         images = [(to_image_size(part, Judge.SIDE) * 255).round().byte() for part in canvases.split(256)]
@@ -510,10 +511,20 @@ def open_judge(path, source, n_classes, device, seed=0, most=16384):
         os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
         write_atomically(path, lambda f: torch.save(content, f))
     barrier()
-    content, judge = torch.load(path, map_location=device, weights_only=True), Judge(n_classes)
-    judge.load_state_dict(content["judge"])
-    judge.accuracy = content["accuracy"]
+    judge = read_judge(path, n_classes, fingerprint)
     return judge.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
+
+
+def read_judge(path, n_classes, fingerprint):
+    """The judge in a file; None if there is none of this fingerprint, or it is broken."""
+    judge = Judge(n_classes)
+    try:
+        content = load_tensors(path)
+        judge.load_state_dict(content["judge"])
+        judge.accuracy = float(content["accuracy"])
+        return judge if content["fingerprint"] == fingerprint else None
+    except (FileNotFoundError, ValueError, RuntimeError, KeyError, TypeError, AttributeError):
+        return None
 
 
 # ----- Measuring a tokenizer: features of images, batch by batch, then the figures ------------------------
@@ -572,6 +583,7 @@ class Subject:
     lpips: nn.Module | None = None
     class_names: list | None = None
     templates: tuple = data.TEMPLATES
+    squashed: tuple | None = None  # samples of the held-out set for zero-shot alone; None: those of the rest
 
     @torch.no_grad()
     def features(self, canvases, captions, labels, is_training_set=False):
@@ -620,6 +632,7 @@ def measure(subject, held_out, gallery, seed=0, **options):
     test = collect_features(subject, held_out, **options)
     train = collect_features(subject, gallery, is_training_set=True, **options)
     row = {k: test[k].mean().item() for k in ("psnr", "ssim", "lpips") if k in test}
+    row["n_val"] = len(test["labels"])
     for features, figure in (("pool", "rfid"), ("spatial", "rsfid")):
         if f"real_{features}" in test:
             real, rec = (mean_and_covariance(test[f"{kind}_{features}"]) for kind in ("real", "rec"))
@@ -630,7 +643,9 @@ def measure(subject, held_out, gallery, seed=0, **options):
         if len(test["caption_ids"].unique()) > 1:
             row.update(retrieval(test["image_features"], test["text_features"], test["caption_ids"].tolist()))
         if subject.class_names and len(test_labels):
-            row.update(zero_shot(subject.model, test["image_features"][is_labelled], test_labels,
+            shown = collect_features(subject, subject.squashed, **options) if subject.squashed else test
+            is_shown = shown["labels"] >= 0
+            row.update(zero_shot(subject.model, shown["image_features"][is_shown], shown["labels"][is_shown],
                                  subject.class_names, subject.templates, subject.tokenize))
     is_usable = train["labels"] >= 0
     train_labels = train["labels"][is_usable].to(device)
@@ -649,35 +664,44 @@ def measure(subject, held_out, gallery, seed=0, **options):
 # ----- Measuring generated images -------------------------------------------------------------------------
 
 def compare_samples(fake, reference):
-    """Features of samples, and features or statistics of a reference -> gFID, sFID, IS, precision, recall."""
+    """Features of samples, and a reference -> gFID, sFID, IS, precision, recall; n_samples, n_references.
+    A reference may have moments (mu, sigma and, for sFID, mu_s, sigma_s), features (pool, spatial) of images,
+    or both: then, as ADM and the authors do, distances take the moments, which are of more images
+    (reference_moments says so), and precision and recall the images."""
     splits = min(10, len(fake["logits"]))
     row = dict(zip(("inception_score", "inception_score_std"), inception_score(fake["logits"], splits)))
+    row.update(n_samples=len(fake["logits"]), reference_moments="mu" in reference)
     for name, figure, mu, sigma in (("pool", "gfid", "mu", "sigma"), ("spatial", "sfid", "mu_s", "sigma_s")):
-        other = reference.get(mu), reference.get(sigma)
-        if name in reference:
-            other = mean_and_covariance(reference[name])
-        if name in fake and other[0] is not None:
-            row[figure] = frechet_distance(*mean_and_covariance(fake[name]), *other)
+        moments = reference.get(mu), reference.get(sigma)
+        if moments[0] is None and "mu" not in reference and name in reference:
+            moments = mean_and_covariance(reference[name])
+        if name in fake and moments[0] is not None:
+            row[figure] = frechet_distance(*mean_and_covariance(fake[name]), *moments)
     if "pool" in reference:
+        row["n_references"] = len(reference["pool"])
         row["precision"], row["recall"] = precision_recall(reference["pool"], fake["pool"])
     return row
 
 
-def features_of_set(where, network, device, batch_size):
-    """Features of a folder or .npz of images, or the dict of an .npz that holds statistics alone."""
-    if where.endswith(".npz"):
+def features_of_set(where, network, device, batch_size, with_moments=False):
+    """Features of a folder or an .npz of images; with_moments: and the statistics that the .npz has."""
+    moments = {}
+    if with_moments and zipfile.is_zipfile(where):
         with np.load(where) as archive:
-            if "mu" in archive and "arr_0" not in archive:
-                return load_statistics(where)
+            moments = load_statistics(where) if "mu" in archive else {}
+            if moments and "arr_0" not in archive:
+                return moments
     images = ImageSet(where)
-    return collect(range(rank(), len(images), world_size()),
-                   lambda numbers: fid_features(network, images.batch(numbers).to(device)), batch_size, where)
+    return moments | collect(range(rank(), len(images), world_size()),
+                             lambda numbers: fid_features(network, images.batch(numbers).to(device)),
+                             batch_size, where)
 
 
 def read_latent_stats(path):
     """A file {'mean', 'std'} of shape (1, d, 1, 1), as LightningDiT writes it -> the two tensors, fp32."""
-    stats = torch.load(path, map_location="cpu", weights_only=True)
-    if not {"mean", "std"} <= set(stats) or stats["mean"].ndim != 4:
+    stats = load_tensors(path)
+    pair = [stats.get(k) for k in ("mean", "std")] if isinstance(stats, dict) else [None]
+    if not all(torch.is_tensor(x) and x.ndim == 4 and x.isfinite().all() for x in pair):
         raise ValueError(f"{path} holds no latent statistics, mean and std of shape (1, d, 1, 1)")
     return stats["mean"].float(), stats["std"].float()
 
@@ -842,12 +866,12 @@ def chart_sheet(charts, columns):
 
 
 def read_metrics(run):
-    """Rows of a run's metrics.jsonl, up to a line that was cut off when the run was killed."""
-    rows = []
-    with open(os.path.join(run, "metrics.jsonl"), encoding="utf-8") as file, suppress(ValueError):
-        for line in file:
+    """Rows of a run's metrics.jsonl, if it is there, without lines that a killed run has cut off."""
+    rows, path = [], os.path.join(run, "metrics.jsonl")
+    for line in open(path, "rb") if os.path.isfile(path) else ():
+        with suppress(ValueError):
             rows.append(json.loads(line))
-    return rows
+    return [row for row in rows if isinstance(row, dict) and {"kind", "step"} <= row.keys()]
 
 
 def measured_points(rows, x_field, y_field):
@@ -915,6 +939,7 @@ def plot_runs(runs):
 def make_parser():
     """The command line; --help says what each option defaults to."""
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    parser.error = fail
 
     def option(name, help, default=None, type=str, **kwargs):
         group.add_argument(name, default=default, type=type, help=f"{help} [{default}]", **kwargs)
@@ -930,13 +955,16 @@ def make_parser():
     option("--label", "tars: where the class is")
     option("--classnames", "a file of class names, a line each")
     option("--templates", "a file of zero-shot templates, a line each; default: a few of ours")
+    group.add_argument("--squash", action="store_true", help="zero-shot on images that are squashed to the "
+                       "size, as the authors do; default: on those of the other figures, a centre crop")
     option("--train_size", "scenes in the built-in set", type=int)
     option("--bpe", "path of CLIP's vocabulary")
     option("--image_size", "side in pixels; default: the tokenizer's own", type=int)
     option("--n_val", "held-out images (paper: 50,000)", 2048, int)
     option("--n_train", "training images", 8192, int)
     option("--n_samples", "images generated by --dit (paper: 50,000; ablations: 10,000)", 1024, int)
-    option("--reference", "for samples, in place of training images: a folder, a .npz of arr_0 or mu, sigma")
+    option("--reference", "for samples, in place of training images: a folder, or a .npz of arr_0, or of mu "
+           "and sigma (of ADM), which gFID and sFID then take")
     group = parser.add_argument_group("how")
     option("--fid_features", "inception: FID proper; judge: a classifier trained on the set (default of the "
            "built-in one, foreign to Inception); none", choices=("inception", "judge", "none"))
@@ -957,15 +985,31 @@ def recorded_arguments(run):
     path = os.path.join(run or "", "run.json")
     if not run or not os.path.isfile(path):
         return {}
-    with open(path, encoding="utf-8") as f:
-        return json.load(f)["arguments"]
+    arguments = read_json(path).get("arguments")
+    if not isinstance(arguments, dict):
+        raise ValueError(f"{path} holds no arguments of a run")
+    return arguments
 
 
+def read_json(path):
+    """The object in a JSON file; ValueError if it is broken."""
+    try:
+        with open(path, encoding="utf-8") as f:
+            content = json.load(f)
+    except ValueError as error:
+        raise ValueError(f"{path} is broken ({error}): put a copy there, or start anew elsewhere") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds no JSON object")
+    return content
+
+
+@one_line_errors()
 def read_settings(argv=None):
     """Arguments, completed from the runs they name; a wrong one ends the program here."""
     parser = make_parser()
     args = parser.parse_args(argv)
     is_local = os.path.isdir(args.tokenizer)
+    args.tokenizer = os.path.abspath(args.tokenizer) if is_local else args.tokenizer    # as runs record it
     belongs = is_local and not args.samples and not args.plot
     args.out = args.out or os.path.join(args.tokenizer if belongs else "runs", "evaluation")
     if min(args.n_val, args.n_train, args.n_samples, args.batch_size) < 1:
@@ -989,7 +1033,11 @@ def read_settings(argv=None):
     if args.tokenizer == "runs/tokenizer" and not is_local:
         parser.error("no tokenizer in runs/tokenizer yet. First: python train_tokenizer.py")
     if args.dit is None and os.path.isfile("runs/dit/checkpoint.pt"):
-        args.dit = "runs/dit" if recorded_arguments("runs/dit").get("tokenizer") == args.tokenizer else None
+        its_own = recorded_arguments("runs/dit").get("tokenizer")
+        if its_own and os.path.realpath(its_own) == os.path.realpath(args.tokenizer):
+            args.dit = "runs/dit"
+        elif rank() == 0:
+            print(f"runs/dit is left out: it draws the latents of {its_own}")
     of_tokenizer, of_dit = recorded_arguments(args.tokenizer), recorded_arguments(args.dit)
     of_data = of_tokenizer if args.data is None else {}
     is_built_in = not (args.data or of_data.get("data"))
@@ -1006,12 +1054,9 @@ def read_settings(argv=None):
             setattr(args, name, value)
     if not (is_built_in or args.val_data or args.images or args.samples):
         parser.error("--data without --val_data: say which held-out images to measure on")
-    try:
-        for path in {args.data, args.val_data} - {None}:
-            if not os.path.isdir(path):
-                data.find_tars(path)
-    except FileNotFoundError as error:
-        parser.error(str(error))
+    for path in {args.data, args.val_data} - {None}:
+        if not os.path.isdir(path):
+            data.find_tars(path)
     return args
 
 
@@ -1027,8 +1072,8 @@ def fetched(make, instead):
     """make(), on the first rank of a node first; if that fails, the message says what else to do."""
     try:
         return first_on_node(make)
-    except (RuntimeError, FileNotFoundError) as error:
-        raise SystemExit(f"evaluate.py: {error} Or {instead}") from error
+    except (UserError, FileNotFoundError) as error:
+        raise UserError(f"{error} Or {instead}") from error
 
 
 def open_fid_network(args, source, n_classes, device):
@@ -1040,7 +1085,7 @@ def open_fid_network(args, source, n_classes, device):
     if args.fid_features == "none":
         return None
     if n_classes == 0:
-        raise RuntimeError("a judge needs classes, and the data has none: --fid_features inception or none")
+        raise UserError("a judge needs classes, and the data has none: --fid_features inception or none")
     return open_judge(args.judge, source, n_classes, device)
 
 
@@ -1057,8 +1102,9 @@ def measure_runs(args, device):
     """--tokenizer and --dit, or --samples, against training images -> figures; pictures in --out."""
     if args.samples and args.reference:
         network = open_fid_network(args, None, 0, device)
-        return compare_samples(*(features_of_set(where, network, device, args.batch_size)
-                                 for where in (args.samples, args.reference)))
+        fake = features_of_set(args.samples, network, device, args.batch_size)
+        reference = features_of_set(args.reference, network, device, args.batch_size, with_moments=True)
+        return compare_samples(fake, reference)
     subject = open_subject(args, device)
     model, size = subject.model, subject.size
     common = dict(classnames=args.classnames, label=args.label, needs_caption=False)
@@ -1080,6 +1126,9 @@ def measure_runs(args, device):
     held_out = load_evaluation_set(val_source, args.n_val)
     if model.config.train_clip:
         subject.tokenize = first_on_node(lambda: data.make_tokenizer(model.config.text_vocab_size, args.bpe))
+    if args.squash:
+        subject.squashed = load_evaluation_set(
+            data.open_source(args.val_data, size, "val", **common, folders=folders, squash=True), args.n_val)
     row, test, train = measure(subject, held_out, gallery, args.seed, **options)
     if rank() == 0:
         save_image(pca_picture(model, held_out[0][:16]), os.path.join(args.out, "latents_pca.png"))
@@ -1107,7 +1156,7 @@ def measure_dit(args, subject, train, device):
         return dict(fid_features(network, images), labels=labels)
     fake = collect(range(rank(), args.n_samples, world_size()), compute, args.batch_size, "samples")
     if args.reference:
-        train = features_of_set(args.reference, network, device, args.batch_size)
+        train = features_of_set(args.reference, network, device, args.batch_size, with_moments=True)
     row = compare_samples(fake, train)
     if isinstance(network, Judge):
         right = fake["logits"].argmax(dim=1) == fake["labels"]
@@ -1133,26 +1182,38 @@ def own_images(args, device):
     return figures | dict(n_images=len(images))
 
 
-IN_FEATURES = "rfid rsfid gfid sfid inception_score precision recall".split()
 TABLE = {
     "reconstruction, held-out images": "rfid rsfid psnr ssim lpips",
     "understanding, held-out images":
-        "zero_shot_top1 zero_shot_interval zero_shot_top5 zero_shot_chance image_to_text text_to_image "
-        "retrieval_chance linear_probe linear_probe_balanced knn dino_1_linear_probe dino_4_linear_probe "
-        "dino_1_knn chance",
+        "zero_shot_top1 zero_shot_interval zero_shot_top5 zero_shot_chance zero_shot_templates image_to_text "
+        "text_to_image retrieval_chance linear_probe linear_probe_balanced knn dino_1_linear_probe "
+        "dino_4_linear_probe dino_1_knn chance",
     "generation": "gfid sfid inception_score precision recall sample_accuracy real_accuracy"}
 
 
 def table(row):
-    """The figures of a row as text, under the names of measure; distances name their features."""
+    """The figures of a row as text, under the names of measure; beside distances, what they compare."""
     lines = []
     for heading, names in TABLE.items():
         measured = [name for name in names.split() if row.get(name) is not None]
         lines += [heading] if measured else []
-        for name in measured:
-            label = f"{name} ({row['fid_features']})" if name in IN_FEATURES else name
-            lines.append(f"  {label:<32}{row[name]:>10.4g}")
+        lines += [f"  {name:<24}{row[name]:>10.4g}   {conditions(name, row)}".rstrip() for name in measured]
     return "\n".join(lines)
+
+
+def conditions(name, row):
+    """Features, numbers of images and convention of a distance, or "" for other figures."""
+    names = dict(inception="Inception, resized as by pytorch-fid", judge="the judge")
+    network = names.get(row["fid_features"])
+    if name in ("rfid", "rsfid"):
+        return f"{network}; {row['n_val']:,} images and their reconstructions"
+    if name == "inception_score":
+        return f"{network}; {row['n_samples']:,} samples"
+    against = f"{row.get('n_references', 0):,} reference images"
+    if name in ("gfid", "sfid") and row["reference_moments"]:
+        against = "the moments in --reference, with the resizing of whoever made them"
+    is_of_features = name in ("gfid", "sfid", "precision", "recall")
+    return f"{network}; {row['n_samples']:,} samples against {against}" if is_of_features else ""
 
 
 def write_results(args, row):
@@ -1168,6 +1229,7 @@ def write_results(args, row):
             f.write(json.dumps(row) + "\n")
 
 
+@one_line_errors()
 def main(argv=None):
     device, args = init_distributed(), read_settings(argv)
     os.makedirs(args.out, exist_ok=True)

@@ -15,12 +15,16 @@ on:
     torchrun --nproc_per_node=8 train_dit.py --sample 50000 --checkpoint runs/dit-xl --out samples.npz \\
         --steps 250 --shift 0.075
 
-Go on after a stop, bit for bit: the same command with --resume (or just --out FOLDER --resume). The folder
+Go on after a stop, bit for bit: the same command with --resume (or just --out FOLDER --resume). Ctrl-C and
+SIGTERM stop a run after its step, with a checkpoint. The folder
 gets run.json, metrics.jsonl, checkpoint.pt (loads in LightningDiT: {'ema': ...}), latents_stats.pt and
 samples_*.png.
 """
 import argparse
+import contextlib
 import functools
+import glob
+import hashlib
 import json
 import math
 import os
@@ -39,13 +43,14 @@ import data
 import evaluate
 from dit import (DIT_SIZES, METHODS, SAMPLING, DiT, draw_timesteps, flow_loss, flow_path, generate,
                  noise_and_labels)
-from losses import (barrier, first_on_node, gather_objects, init_distributed, leave_distributed, rank,
-                    world_size)
-from train_tokenizer import (CapturedStep, Log, Settings, add_to_totals, check_paths, compile_blocks, count,
-                             count_flops, finite_on_all_ranks, keep_freed_memory, load_checkpoint,
-                             not_negative, part, positive, save_checkpoint, share, warmed_up_cosine, whole,
-                             wrap_in_ddp)
-from vtp import VTP, find_checkpoint, normalize, read_config, write_atomically
+from losses import (barrier, by_first_rank, first_on_node, gather_objects, init_distributed,
+                    leave_distributed, one_line_errors, rank, world_size)
+from train_tokenizer import (CapturedStep, Log, Saving, Settings, absolute, add_to_totals, check_paths,
+                             compile_blocks, count, count_flops, finite_on_all_ranks, folder_or_name,
+                             keep_freed_memory, load_checkpoint, not_negative, part, positive,
+                             save_checkpoint, share, warmed_up_cosine, whole, wrap_in_ddp)
+from vtp import (VTP, UserError, claim_folder, find_checkpoint, is_leftover, normalize, read_config,
+                 release_folder, write_atomically)
 
 # ----- Settings -------------------------------------------------------------------------------------------
 # The defaults are the paper's, which are LightningDiT's; tiny= is tuned for minutes on 2 CPU cores.
@@ -58,14 +63,19 @@ def make_parser():
     parser = Settings(__doc__)
     section, option, flag = parser.section, parser.option, parser.flag
     section("tokenizer and data")
-    option("--tokenizer", "runs/tokenizer", "a run of train_tokenizer.py, a released folder, or a hub id")
-    option("--data", None, "a folder of class folders, or tars (a folder, glob or braces); default: built in")
+    option("--tokenizer", "runs/tokenizer", "a run of train_tokenizer.py, a released folder, or a hub id; "
+           "with --sample default: the run's", folder_or_name)
+    option("--data", None, "a folder of class folders, or tars (a folder, glob or braces); default: "
+           "built in", absolute)
     option("--label", "cls", "tars: where the class is, 'cls' (KEY.cls) or a field of KEY.json")
-    option("--classnames", None, "a file with a class name on each line, in the order of the labels")
+    option("--classnames", None, "a file with a class name on each line, in the order of the labels",
+           absolute)
     option("--train_size", 65536, "scenes in the built-in set", count, tiny=8192)
     option("--image_size", None, "side in pixels; default: the tokenizer's own", count)
-    option("--cache", None, "folder of the latents; default: latents/ in --tokenizer, or in runs/ID")
-    option("--latents_stats", None, "a latents_stats.pt to normalise with; default: the cache's own")
+    option("--cache", None, "folder of the latents; default: latents/ in --tokenizer, or in runs/ID",
+           absolute)
+    option("--latents_stats", None, "a latents_stats.pt to normalise with; default: the cache's own",
+           absolute)
     option("--max_skipped", 0.1, "largest share of unusable samples", share)
 
     section("training")
@@ -100,7 +110,8 @@ def make_parser():
     option("--workers", None, "loader processes for the cache; default: 0 if built in, else up to 8", whole)
     option("--log_every", 50, "steps between log lines", count)
     option("--eval_every", None, "steps between sample pictures; default: a quarter of the run", count)
-    option("--checkpoint_every", None, "steps between checkpoints; default: as --eval_every", count)
+    option("--checkpoint_every", None, "steps between checkpoints, 15 minutes being the longest time without "
+           "one; default: as --eval_every", count)
     option("--eval_samples", None, "images generated at the end, for the accuracy of a judge, which rank 0 "
            "trains on the data's classes meanwhile; default: 500 if built in, else 0: no judge", whole)
     flag("--compile", "torch.compile the blocks; default: on CUDA only", yes_or_no=True, default=None)
@@ -108,24 +119,25 @@ def make_parser():
     return parser
 
 
+@one_line_errors()
 def read_settings(argv=None):
     """Arguments, completed and checked: whatever is wrong ends the program here, with what to change."""
     parser = make_parser()
-    args = parser.parse_args(argv)
-    if args.sample is None:
+    if parser.parse_args(argv).sample is None:
         args = parser.read(argv)
-    with parser.errors():
-        if args.sample is not None:
-            follow_run(args)
-        parser.complete(args, is_tiny=args.sample is None and args.model == "tiny")
-        if args.sample is None:
-            if args.eval_samples is None:
-                args.eval_samples = 500 if args.data is None else 0
-            check_training(args)
-        if args.steps < 2:
-            raise ValueError(f"--steps {args.steps}: a time grid has at least 2 points")
-        check_paths(args, ("data",), ("classnames", "latents_stats"))
-        first_on_node(lambda: read_config(find_checkpoint(args.tokenizer)))
+        parser.complete(args, is_tiny=args.model == "tiny")
+        if args.eval_samples is None:
+            args.eval_samples = 500 if args.data is None else 0
+        check_training(args)
+    else:
+        parser.set_defaults(tokenizer=None, precision=None)     # to see what was given
+        args = parser.parse_args(argv)
+        follow_run(args)
+        parser.complete(args, is_tiny=False)
+    if args.steps < 2:
+        raise ValueError(f"--steps {args.steps}: a time grid has at least 2 points")
+    check_paths(args, ("data",), ("classnames", "latents_stats"))
+    first_on_node(lambda: read_config(find_checkpoint(args.tokenizer)))
     return args
 
 
@@ -140,7 +152,8 @@ def check_training(args):
         is_local = os.path.isdir(args.tokenizer)
         folder = args.tokenizer if is_local else os.path.join("runs", args.tokenizer.replace("/", "--"))
         args.cache = os.path.join(folder, "latents")
-    if os.path.isdir(args.cache) and os.listdir(args.cache) and not is_latent_cache(args.cache):
+    names = os.listdir(args.cache) if os.path.isdir(args.cache) else []
+    if "cache.json" not in names and not all(map(is_leftover, names)):
         raise ValueError(f"--cache {args.cache} is a folder with other things in it; choose another")
 
 
@@ -151,6 +164,7 @@ def follow_run(args):
     if os.path.isfile(args.checkpoint):
         if args.latents_stats is None:
             raise ValueError("--checkpoint is a file: give what normalised its latents, --latents_stats")
+        args.tokenizer, args.precision = args.tokenizer or "runs/tokenizer", args.precision or "bf16"
         return
     if not os.path.isfile(os.path.join(args.checkpoint, "checkpoint.pt")):
         raise FileNotFoundError(f"--checkpoint {args.checkpoint}: neither a file nor a run that holds "
@@ -158,8 +172,7 @@ def follow_run(args):
     recorded = evaluate.recorded_arguments(args.checkpoint)
     if not recorded:
         raise FileNotFoundError(f"--checkpoint {args.checkpoint} has no run.json: give checkpoint.pt itself")
-    args.tokenizer = recorded["tokenizer"]
-    for name in SAMPLING:
+    for name in ("tokenizer", "precision", *SAMPLING):
         setattr(args, name, recorded[name] if getattr(args, name) is None else getattr(args, name))
 
 
@@ -169,26 +182,51 @@ def sampling_options(args):
 
 
 # ----- The latents, once: each image and its mirror image -------------------------------------------------
-#   latents.bin       (rows, 2, d, h, w) bfloat16; row i is sample i of the source, [i, 1] mirrored
-#   labels.npy        int64 (rows,), -1 where there is none or the sample is broken: never drawn
-#   cache.json        shape, class names, and the fingerprint that tells what the latents were made of
-#   latents_stats.pt  {'mean', 'std'} of shape (1, d, 1, 1), the form of the authors' files
+#   00000.bin ...     parts, each written by one rank and all at once: (rows, 2, d, h, w) bfloat16, [i, 1]
+#                     mirrored, then a label int64 for each row, -1: it has none, -2: it cannot be used
+#   cache.json        sizes of shards, slices of each, shape, class names, and of what the latents were made
+#   latents_stats.pt  {'mean', 'std'} of shape (1, d, 1, 1), the form of the authors' files; written last
+# A shard is a tar, or SHARD_ROWS images of a folder. Part k has every slices-th row of shard k // slices from
+# row k % slices on: row i of all is sample i of the source, whatever wrote it.
+
+SHARD_ROWS = 1024
+NO_LABEL, UNUSABLE = -1, -2
+
 
 def open_cache(args, tokenizer, source, device):
-    """The cached latents of a source, encoded now if they are not there. ValueError: they are of others."""
+    """The latents of a source in --cache -> LatentCache."""
     size = args.image_size or tokenizer.config.image_size
-    fingerprint = dict(tokenizer=evaluate.file_digest(find_checkpoint(args.tokenizer)),
-                       data=source.fingerprint(), settings=f"{size} px")
-    if not gather_objects(is_latent_cache(args.cache))[0]:      # as rank 0 sees it: it is about to change
-        side = size // tokenizer.config.vision_patch_size
-        shape = (tokenizer.config.vision_feature_bottleneck, side, side)
-        workers = data.default_workers(args.data) if args.workers is None else args.workers
-        skipped = write_latent_cache(args.cache, source, functools.partial(encode, tokenizer, device), shape,
-                                     fingerprint, args.max_skipped, workers)
-        if rank() == 0:
-            print(f"latents of {source.name} and of its mirror images are in {args.cache}; "
-                  f"{sum(skipped.values())} samples skipped {skipped or ''}")
-    return LatentCache(args.cache, fingerprint)
+    side = size // tokenizer.config.vision_patch_size
+    shape = (tokenizer.config.vision_feature_bottleneck, side, side)
+    workers = data.default_workers(args.data) if args.workers is None else args.workers
+    made_of = by_first_rank(lambda: dict(tokenizer=evaluate.file_digest(find_checkpoint(args.tokenizer)),
+                                         data=source.fingerprint(), settings=f"{size} px"))
+    cache, _ = complete_cache(args.cache, source, functools.partial(encode, tokenizer, device), shape, made_of,
+                              args.max_skipped, workers)
+    return cache
+
+
+def complete_cache(folder, source, encode, latent_shape, made_of, max_skipped=0.1, n_workers=0):
+    """What is missing of the cache in folder, or broken, is encoded now, by all ranks -> LatentCache, {reason:
+    samples skipped now}. encode: uint8 (b, 3, C, C) on the host -> latents (b, *latent_shape). made_of: what they are made of.
+    ValueError: the folder's are of something else. UserError: more than the share max_skipped cannot be used,
+    or no sample has a class. OSError: the disk has no room for all."""
+    if not by_first_rank(lambda: is_complete(folder)):
+        by_first_rank(lambda: claim_folder(folder))
+    about = by_first_rank(lambda: read_about(folder))
+    if about is None:
+        sizes = shard_sizes(source)
+        is_tars, n_readers = isinstance(source, data.TarSource), max(n_workers, 1) * world_size()
+        about = dict(sizes=sizes, slices=math.ceil(n_readers / len(sizes)) if is_tars else 1,
+                     shape=latent_shape, class_names=source.class_names, made_of=made_of)
+        by_first_rank(lambda: begin_cache(folder, about))
+    if differs := [k for k, v in made_of.items() if about["made_of"].get(k) != v]:
+        raise ValueError(f"the latents in {folder} were made with another {' and '.join(differs)}: "
+                         "choose another --cache, or delete that folder")
+    skipped = encode_parts(folder, about, missing_parts(folder, about), source, encode, n_workers)
+    by_first_rank(lambda: is_complete(folder) or finish_cache(folder, source, max_skipped, skipped))
+    by_first_rank(lambda: release_folder(folder))
+    return LatentCache(folder), skipped
 
 
 @torch.no_grad()
@@ -197,98 +235,171 @@ def encode(tokenizer, device, images):
     return tokenizer.encode(normalize(images.to(device).float() / 255))
 
 
-def is_latent_cache(folder):
-    """Has write_latent_cache finished this folder?"""
-    return os.path.isfile(os.path.join(folder, "cache.json"))
+def read_about(folder):
+    """cache.json, or None where it is not there or broken: then the cache is made anew."""
+    try:
+        about = evaluate.read_json(os.path.join(folder, "cache.json"))
+        return {k: about[k] for k in ("sizes", "slices", "shape", "class_names", "made_of")}
+    except (ValueError, KeyError, FileNotFoundError):
+        return None
 
 
-def write_latent_cache(folder, source, encode, latent_shape, fingerprint, max_skipped=0.1, n_workers=0,
-                       batch_size=256):
-    """Encode a source and its mirror images into folder, by all ranks -> {reason: samples skipped}.
-    encode: uint8 (b, 3, C, C) on the host -> latents (b, *latent_shape). The folder appears when it is
-    complete. RuntimeError: more than the share max_skipped cannot be used, or no sample has a class."""
-    unfinished, sizes = folder.rstrip("/") + ".unfinished", shard_sizes(source)
-    latents_path, labels_path = (os.path.join(unfinished, name) for name in ("latents.bin", "labels.npy"))
-    n_rows = sum(sizes)
-    shape = (n_rows, 2, *latent_shape)
-    if rank() == 0:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        os.makedirs(unfinished)
-        np.memmap(latents_path, np.int16, "w+", shape=shape).flush()
-        np.save(labels_path, np.full(n_rows, -1, np.int64))
-    barrier()
-    latents = np.memmap(latents_path, np.int16, "r+", shape=shape)
-    labels, skipped = np.load(labels_path, mmap_mode="r+"), Counter()
-    reader = CacheReader(source, np.cumsum([0, *sizes]), n_workers)
+def begin_cache(folder, about):
+    """Write cache.json; parts of another are removed."""
+    for path in glob.glob(os.path.join(glob.escape(folder), "*.bin")):
+        os.remove(path)
+    text = json.dumps(about, indent=2).encode()
+    write_atomically(os.path.join(folder, "cache.json"), lambda f: f.write(text))
+
+
+def is_complete(folder):
+    """Has open_cache finished this folder, and are its files still whole?"""
+    about = read_about(folder)
+    try:
+        return bool(about) and not missing_parts(folder, about) and bool(
+            evaluate.read_latent_stats(os.path.join(folder, "latents_stats.pt")))
+    except (ValueError, FileNotFoundError):
+        return False
+
+
+def part_path(folder, k):
+    return os.path.join(folder, f"{k:05d}.bin")
+
+
+def part_rows(about, k):
+    """How many rows part k has."""
+    shard, first = divmod(k, about["slices"])
+    return len(range(first, about["sizes"][shard], about["slices"]))
+
+
+def row_bytes(about):
+    """Bytes of a row's latents: two of them, of 2 bytes a number."""
+    return 4 * math.prod(about["shape"])
+
+
+def missing_parts(folder, about):
+    """Parts that are not there, or broken: those whose file has not its length."""
+    def is_whole(k):
+        path, n_bytes = part_path(folder, k), part_rows(about, k) * (row_bytes(about) + 8)
+        return os.path.isfile(path) and os.path.getsize(path) == n_bytes
+    return [k for k in range(len(about["sizes"]) * about["slices"]) if not is_whole(k)]
+
+
+def encode_parts(folder, about, parts, source, encode, n_workers, batch_size=256):
+    """Write parts of a cache, by all ranks -> {reason: samples skipped}; see complete_cache."""
+    parts = gather_objects(parts)[0]            # as rank 0 sees them: others may write already
+    if not parts:
+        return {}
+    n_rows = sum(part_rows(about, k) for k in parts)
+    n_bytes = n_rows * (row_bytes(about) + 8)
+    free = by_first_rank(lambda: shutil.disk_usage(folder).free)
+    if n_bytes > free:
+        raise OSError(f"the latents need {n_bytes:,} bytes in {folder}, where {free:,} are free")
+    reader, skipped, unfinished = PartReader(source, about, parts, n_workers), Counter(), {}
     loader = torch.utils.data.DataLoader(reader, batch_size, num_workers=n_workers, collate_fn=reader.collate)
     with tqdm(total=math.ceil(n_rows / world_size()), unit=" images", desc="encoding", disable=rank() != 0,
-              dynamic_ncols=True) as bar:
-        for rows, images, classes, reasons in loader:
+              dynamic_ncols=True) as bar, contextlib.ExitStack() as files:
+        for places, images, labels, reasons, finished in loader:
             skipped.update(reasons)
-            if len(rows):
+            if len(places):
                 pair = torch.stack((encode(images), encode(images.flip(-1))), dim=1)        # (b, 2, d, h, w)
-                latents[rows] = pair.cpu().bfloat16().view(torch.int16).numpy()     # NumPy has no bfloat16
-                labels[rows] = classes
-            bar.update(len(rows) + len(reasons))
-    latents.flush()
-    labels.flush()
+                pair = pair.cpu().bfloat16().view(torch.int16).numpy()                # NumPy has no bfloat16
+            for i, (k, index) in enumerate(places):
+                if k not in unfinished:
+                    file = files.enter_context(open(f"{part_path(folder, k)}.{os.getpid()}.tmp", "wb"))
+                    unfinished[k] = file, np.full(part_rows(about, k), UNUSABLE)
+                file, of_part = unfinished[k]
+                file.seek(index * row_bytes(about))
+                file.write(pair[i].tobytes())
+                of_part[index] = labels[i]
+            for k in finished:
+                finish_part(folder, about, k, *unfinished.pop(k, (None, None)))
+            bar.update(len(places) + len(reasons))
     skipped = dict(sum(gather_objects(skipped), Counter()))
-    usable = np.flatnonzero(np.load(labels_path) >= 0)
-    if sum(skipped.values()) > max_skipped * n_rows:
-        raise RuntimeError(f"{sum(skipped.values())} of {n_rows} samples of {source.name} cannot be used, "
-                           f"more than the share of {max_skipped} that --max_skipped allows: {skipped}")
-    if not len(usable):
-        raise RuntimeError(f"no sample of {source.name} has a class, which this model needs: class folders, "
-                           ".cls files, or --label")
     if rank() == 0:
-        n = min(len(usable), 10_000)                                                        # as the authors
-        some = usable[np.linspace(0, len(usable) - 1, n).astype(np.int64)]
-        x = torch.from_numpy(latents[some, 0]).view(torch.bfloat16).double()
-        std, mean = torch.std_mean(x, dim=(0, 2, 3), keepdim=True)
-        write_stats(os.path.join(unfinished, "latents_stats.pt"), mean, std)
-        about = dict(shape=shape, class_names=source.class_names, fingerprint=fingerprint, skipped=skipped)
-        with open(os.path.join(unfinished, "cache.json"), "w", encoding="utf-8") as f:
-            json.dump(about, f, indent=2)
-        os.rename(unfinished, folder)
-    barrier()
+        print(f"latents of {source.name} and of its mirror images are in {folder}; "
+              f"{sum(skipped.values())} samples skipped {skipped or ''}")
     return skipped
 
 
+def finish_part(folder, about, k, file, labels):
+    """Write the labels behind the latents, and give the part its name. No file: it has no usable sample."""
+    path = part_path(folder, k)
+    if file is None:
+        file, labels = open(f"{path}.{os.getpid()}.tmp", "wb"), np.full(part_rows(about, k), UNUSABLE)
+    with file:
+        file.seek(len(labels) * row_bytes(about))
+        file.write(labels.astype(np.int64).tobytes())
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(file.name, path)
+
+
 def shard_sizes(source):
-    """Samples in each tar of a source, counted by all ranks together; [n] where there is random access."""
+    """Samples in each shard of a source, of tars counted by all ranks together."""
     if not isinstance(source, data.TarSource):
-        return [len(source)]
-    sizes = {}
-    for k in range(rank(), len(source.paths), world_size()):
-        samples = data.read_tar(source.paths[k], only_names=True)
-        sizes[k] = sum("broken tar" not in sample for sample in samples)
+        return [min(SHARD_ROWS, len(source) - start) for start in range(0, len(source), SHARD_ROWS)]
+    sizes = {k: sum(1 for _ in data.read_tar(source.paths[k], only_names=True))
+             for k in range(rank(), len(source.paths), world_size())}
     sizes = {k: n for part in gather_objects(sizes) for k, n in part.items()}
     return [sizes[k] for k in range(len(source.paths))]
 
 
-class CacheReader(torch.utils.data.IterableDataset):
-    """This rank's samples of a source, each once: (row, canvas, label), or (-1, reason, -1) if unusable.
-    A row is the place in the whole source; starts: the row of each shard's first sample."""
-    def __init__(self, source, starts, n_workers):
-        self.source, self.starts, self.roles = source, starts, max(n_workers, 1)
+class PartReader(torch.utils.data.IterableDataset):
+    """This rank's share of parts, sample by sample: (part, index in it, canvas, label); after a sample that
+    cannot be used (part, None, reason, None), at the end of a part (part, None, None, None)."""
+    def __init__(self, source, about, parts, n_workers):
+        self.source, self.slices, self.parts, self.roles = source, about["slices"], parts, max(n_workers, 1)
+        self.starts, self.n_rows = np.cumsum([0, *about["sizes"]]), [part_rows(about, p) for p in parts]
         self.rank, self.world = rank(), world_size()
 
     def __iter__(self):
         info = torch.utils.data.get_worker_info()
         reader = (info.id if info else 0) * self.world + self.rank
-        for shard, number, load in data.each_sample(self.source, reader, self.roles * self.world):
-            try:
-                image, _, label = load()
-                yield int(self.starts[shard]) + number, torch.tensor(image), label
-            except data.BadSample as reason:
-                yield -1, str(reason), -1
+        for k, n_rows in list(zip(self.parts, self.n_rows))[reader::self.roles * self.world]:
+            for number, load in self.samples_of(k):
+                try:
+                    if number // self.slices >= n_rows:
+                        raise data.BadSample("more samples than before")        # a tar that has changed
+                    image, _, label = load()
+                    yield k, number // self.slices, torch.tensor(image), max(label, NO_LABEL)
+                except data.BadSample as reason:
+                    yield k, None, str(reason), None
+            yield k, None, None, None
+
+    def samples_of(self, k):
+        """(number in the shard, function that loads it) of each sample of part k."""
+        if isinstance(self.source, data.TarSource):
+            for _, _, number, sample in self.source.walk([(k, 0)], self.slices):
+                yield number, functools.partial(self.source.decode, sample, False)
+        else:
+            for number, row in enumerate(range(self.starts[k], self.starts[k + 1])):
+                yield number, functools.partial(self.source.load, row, False, np.random.default_rng(row))
 
     @staticmethod
     def collate(samples):
-        """-> rows (b,), images uint8 (b, 3, C, C) or (), labels (b,), reasons of the samples left out."""
-        good, reasons = [s for s in samples if s[0] >= 0], [s[1] for s in samples if s[0] < 0]
-        rows, images, labels = zip(*good) if good else ((), (), ())
-        return np.array(rows, int), torch.stack(images) if good else (), np.array(labels, int), reasons
+        """-> [(part, index)] (b), images uint8 (b, 3, C, C) or (), labels (b), reasons, finished parts."""
+        good = [s for s in samples if s[1] is not None]
+        reasons = [s[2] for s in samples if s[1] is None and s[2] is not None]
+        finished = [s[0] for s in samples if s[1] is None and s[2] is None]
+        images = torch.stack([s[2] for s in good]) if good else ()
+        return [s[:2] for s in good], images, [s[3] for s in good], reasons, finished
+
+
+def finish_cache(folder, source, max_skipped, skipped):
+    """Check the labels, and write statistics of the latents of up to 10,000 images (the authors)."""
+    cache = LatentCache(folder)
+    n_unusable = int((cache.labels == UNUSABLE).sum())
+    if n_unusable > max_skipped * len(cache.labels):
+        raise UserError(f"{n_unusable} of {len(cache.labels)} samples of {source.name} cannot be used, more "
+                        f"than the share of {max_skipped} that --max_skipped allows: {skipped or ''}")
+    if not len(cache):
+        raise UserError(f"no sample of {source.name} has a class, which this model needs: class folders, "
+                        ".cls files, or --label")
+    some = cache.rows[np.linspace(0, len(cache) - 1, min(len(cache), 10_000)).astype(np.int64)]
+    x = cache.latents_at(some)[:, 0].double()
+    std, mean = torch.std_mean(x, dim=(0, 2, 3), keepdim=True)
+    write_stats(os.path.join(folder, "latents_stats.pt"), mean, std)
 
 
 def write_stats(path, mean, std):
@@ -297,32 +408,40 @@ def write_stats(path, mean, std):
 
 
 class LatentCache:
-    """A folder that write_latent_cache made. fingerprint: what it must be; ValueError names what is not."""
-    def __init__(self, folder, fingerprint=None):
-        with open(os.path.join(folder, "cache.json"), encoding="utf-8") as f:
-            about = json.load(f)
-        differs = [k for k, v in (fingerprint or {}).items() if about["fingerprint"].get(k) != v]
-        if differs:
-            raise ValueError(f"the latents in {folder} were made with another {' and '.join(differs)}: "
-                             "choose another --cache, or delete that folder")
-        shape = tuple(about["shape"])
-        self.latents = np.memmap(os.path.join(folder, "latents.bin"), np.int16, "r", shape=shape)
-        self.labels = np.load(os.path.join(folder, "labels.npy"))
+    """The latents in a folder that open_cache completed."""
+    def __init__(self, folder):
+        about = read_about(folder)
+        self.slices, self.latent_shape = about["slices"], tuple(about["shape"])
+        self.starts, self.class_names = np.cumsum([0, *about["sizes"]]), about["class_names"]
+        self.parts, self.labels = [], np.empty(self.starts[-1], np.int64)
+        for k in range(len(about["sizes"]) * self.slices):
+            n_rows, (shard, first) = part_rows(about, k), divmod(k, self.slices)
+            path, shape = part_path(folder, k), (n_rows, 2, *self.latent_shape)
+            self.parts.append(np.memmap(path, np.int16, "r", shape=shape) if n_rows else None)
+            of_shard = self.labels[self.starts[shard]:self.starts[shard + 1]]
+            of_shard[first::self.slices] = np.fromfile(path, np.int64, offset=n_rows * row_bytes(about))
         self.rows = np.flatnonzero(self.labels >= 0)
-        self.latent_shape, self.class_names, self.skipped = shape[2:], about["class_names"], about["skipped"]
-        self.num_classes = max(int(self.labels.max()) + 1, len(self.class_names or ()))
-        self.mean, self.std = evaluate.read_latent_stats(os.path.join(folder, "latents_stats.pt"))
+        self.num_classes = max(int(self.labels.max(initial=-1)) + 1, len(self.class_names or ()))
+        stats = os.path.join(folder, "latents_stats.pt")
+        self.mean, self.std = evaluate.read_latent_stats(stats) if os.path.isfile(stats) else (None, None)
         self.ahead, self.next = ThreadPoolExecutor(1), {}
 
     def __len__(self):
         return len(self.rows)
 
+    def latents_at(self, rows):
+        """Latents of rows (b,) of all: bfloat16 (b, 2, d, h, w), a copy in memory."""
+        shards = np.searchsorted(self.starts, rows, side="right") - 1
+        numbers = rows - self.starts[shards]
+        parts = shards * self.slices + numbers % self.slices
+        found = np.stack([self.parts[k][i] for k, i in zip(parts, numbers // self.slices)])
+        return torch.from_numpy(found).view(torch.bfloat16)
+
     def read(self, step, batch_size, seed):
         """This rank's share of global batch `step` of an endless shuffle: (b, 2, d, h, w), labels (b,)."""
         places = np.arange(step * batch_size + rank(), (step + 1) * batch_size, world_size())
         rows = self.rows[data.rows_at(places, len(self.rows), seed)]
-        latents = torch.from_numpy(self.latents[rows]).view(torch.bfloat16)
-        return latents, torch.from_numpy(self.labels[rows])
+        return self.latents_at(rows), torch.from_numpy(self.labels[rows])
 
     def batch(self, step, batch_size, seed):
         """The same, with the next step's batch read in the meantime."""
@@ -371,6 +490,7 @@ class State:
     objective: nn.Module             # FlowMatching, in DDP where there are ranks
     optimizer: torch.optim.Optimizer
     totals: dict                     # sums over this rank's finite steps since the last log line
+    is_finite: torch.Tensor          # 0-d: was the last step, on all ranks
     args: argparse.Namespace
 
     def modules(self):
@@ -390,7 +510,8 @@ def build_state(args, cache, device):
     group = dict(params=[p for p in model.parameters() if p.requires_grad], lr=torch.zeros((), device=device))
     optimizer = torch.optim.AdamW([group], betas=BETAS, weight_decay=0.0, fused=True,
                                   capturable=device.type == "cuda")
-    return State(model, ema, wrap_in_ddp(FlowMatching(model, args), device), optimizer, {}, args)
+    is_finite = torch.ones((), dtype=torch.bool, device=device)
+    return State(model, ema, wrap_in_ddp(FlowMatching(model, args), device), optimizer, {}, is_finite, args)
 
 
 def set_lr(state, step, n_steps):
@@ -409,6 +530,7 @@ def train_step(state, batch):
     parameters = state.optimizer.param_groups[0]["params"]
     grad_norm = nn.utils.clip_grad_norm_(parameters, state.args.clip_grad or math.inf)
     is_finite = finite_on_all_ranks(loss, grad_norm)
+    state.is_finite.copy_(is_finite)
     state.optimizer.found_inf = (~is_finite).float()     # where this is 1 the fused kernel skips the step
     state.optimizer.step()
     with torch.no_grad():
@@ -420,9 +542,10 @@ def train_step(state, batch):
 
 def train(args, device):
     """Cache the latents, train, leave pictures and a checkpoint."""
+    by_first_rank(lambda: claim_folder(args.out))
     tokenizer = VTP.from_pretrained(first_on_node(lambda: find_checkpoint(args.tokenizer))).to(device)
     if not tokenizer.config.train_reconstruction:
-        raise SystemExit(f"--tokenizer {args.tokenizer} has no decoder: its latents could not be shown")
+        raise ValueError(f"--tokenizer {args.tokenizer} has no decoder: its latents could not be shown")
     size = args.image_size or tokenizer.config.image_size
     source = data.open_source(args.data, size, "train", args.train_size, args.classnames, args.label,
                               needs_caption=False)
@@ -439,33 +562,35 @@ def train(args, device):
         write_stats(os.path.join(args.out, "latents_stats.pt"), mean, std)
     run_step = CapturedStep(lambda batch: train_step(state, batch), device.type == "cuda" and args.cuda_graph)
     eval_every = args.eval_every or math.ceil(n_steps / 4)
-    checkpoint_every = args.checkpoint_every or eval_every
 
-    while step < n_steps:
-        with log.timing("data"):
-            latents, labels = cache.batch(step, args.batch_size, args.seed)
-        latents, labels = (x.to(device, non_blocking=True) for x in (latents, labels))
-        batch = make_batch(args, step, latents, labels, mean, std, cache.num_classes)
-        lr = set_lr(state, step, n_steps)
-        if not log.flops_per_step:
-            log.flops_per_step = count_flops(lambda: state.objective(batch).backward())
-        run_step(batch)
-        step += 1
-        log.bar.update(args.batch_size)
+    with Saving(checkpoint, args.checkpoint_every or eval_every) as saving:
+        while step < n_steps and not saving.stop:
+            with log.timing("data"):
+                latents, labels = cache.batch(step, args.batch_size, args.seed)
+            latents, labels = (x.to(device, non_blocking=True) for x in (latents, labels))
+            batch = make_batch(args, step, latents, labels, mean, std, cache.num_classes)
+            lr = set_lr(state, step, n_steps)
+            if not log.flops_per_step:
+                log.flops_per_step = count_flops(lambda: state.objective(batch).backward())
+            run_step(batch)
+            step += 1
+            log.bar.update(args.batch_size)
 
-        is_last = step == n_steps
-        if step % args.log_every == 0 or is_last:
-            log.write_train(step, state.totals, dict(lr=lr), {})
-        with log.timing("pause"):
-            if rank() == 0 and (step % eval_every == 0 or is_last):
-                picture = evaluate.sample_picture(state.ema, tokenizer, stats, cache.class_names, args.seed,
-                                                  **sampling_options(args))
-                evaluate.save_image(picture, os.path.join(args.out, f"samples_{step:07d}.png"))
-            if step % checkpoint_every == 0 or is_last:
-                save_checkpoint(checkpoint, state, step, log.flops_per_step)
+            is_last, is_logged = step == n_steps, step % args.log_every == 0 or step == n_steps
+            if is_logged:
+                log.write_train(step, state.totals, dict(lr=lr), {})
+            with log.timing("pause"):
+                if rank() == 0 and (step % eval_every == 0 or is_last):
+                    picture = evaluate.sample_picture(state.ema, tokenizer, stats, cache.class_names,
+                                                      args.seed, **sampling_options(args))
+                    evaluate.save_image(picture, os.path.join(args.out, f"samples_{step:07d}.png"))
+                if saving.is_due(step, is_logged, is_last):
+                    save_checkpoint(saving, state, step, is_last, log.flops_per_step)
     run_step.close()
     log.bar.close()
-    if args.eval_samples and not any(row["kind"] == "eval" for row in evaluate.read_metrics(args.out)):
+    saving.leave_if_stopped(args, step)
+    rows = by_first_rank(lambda: evaluate.read_metrics(args.out))
+    if args.eval_samples and not any(row["kind"] == "eval" for row in rows):
         log.write("eval", step, judge_samples(state, tokenizer, stats, source, cache, device))
     if rank() == 0:
         print(f"done: samples_{n_steps:07d}.png, checkpoint.pt ('ema' loads in LightningDiT) in {args.out}")
@@ -496,12 +621,15 @@ def generate_set(args, device):
     model = DiT.from_lightningdit(run if os.path.isfile(run) else os.path.join(run, "checkpoint.pt"))
     model = model.to(device)
     tokenizer = VTP.from_pretrained(find_checkpoint(args.tokenizer)).to(device)
+    if (d := tokenizer.config.vision_feature_bottleneck) != model.in_channels:
+        raise ValueError(f"--tokenizer {args.tokenizer} has latents of {d} channels, but --checkpoint draws "
+                         f"{model.in_channels}")
     stats = evaluate.read_latent_stats(args.latents_stats or os.path.join(run, "latents_stats.pt"))
+    by_first_rank(lambda: open_set(args, folder, model, stats))
     stats = tuple(x.to(device) for x in stats)
-    os.makedirs(folder, exist_ok=True)
     paths = [os.path.join(folder, f"{i:06d}.png") for i in range(args.sample)]
-    missing = [i for i, path in enumerate(paths) if not os.path.exists(path)]
-    missing = gather_objects(missing)[0]                        # as rank 0 saw it: others may write already
+    # as rank 0 sees it: others may write already
+    missing = by_first_rank(lambda: [i for i, path in enumerate(paths) if not os.path.exists(path)])
     own, writers = missing[rank()::world_size()], ThreadPoolExecutor(4)
     bar = tqdm(total=len(own), unit=" images", desc="sampling", disable=rank() != 0, dynamic_ncols=True)
     for indices in (own[k:k + args.sample_batch] for k in range(0, len(own), args.sample_batch)):
@@ -516,11 +644,35 @@ def generate_set(args, device):
         if is_npz:
             images = np.stack([np.asarray(Image.open(path)) for path in paths])
             _, labels = noise_and_labels(range(args.sample), args.seed, model.latent_shape, model.num_classes)
-            write_atomically(args.out, lambda f: np.savez(f, arr_0=images, arr_1=labels.numpy()))
+            content = dict(arr_0=images, arr_1=labels.numpy())
+            write_atomically(args.out, lambda f: np.savez(f, **content), images.nbytes)
             shutil.rmtree(folder)
         print(f"{args.sample} images in {args.out}")
 
 
+def open_set(args, folder, model, stats):
+    """A new folder for images, or one that was begun with the same weights and settings; else ValueError."""
+    if folder != args.out and os.path.exists(args.out):
+        raise ValueError(f"--out {args.out} is there already: choose another, or delete it")
+    claim_folder(folder)
+    path, digest = os.path.join(folder, "made_with.json"), hashlib.sha256()
+    for tensor in (*model.state_dict().values(), *stats):
+        digest.update(tensor.cpu().contiguous().numpy())
+    tokenizer = evaluate.file_digest(find_checkpoint(args.tokenizer))
+    made_with = dict(model=digest.hexdigest()[:16], tokenizer=tokenizer, seed=args.seed,
+                     **sampling_options(args))
+    images = [name for name in os.listdir(folder) if name.endswith(".png")]
+    before = evaluate.read_json(path) if os.path.isfile(path) else {} if images else made_with
+    if differs := [name for name, value in made_with.items() if before.get(name) != value]:
+        raise ValueError(f"--out {args.out} has images that were made with another {', '.join(differs)}: "
+                         "choose another folder, or delete it")
+    if unasked := set(images) - {f"{i:06d}.png" for i in range(args.sample)}:
+        raise ValueError(f"--out {args.out} has images that --sample {args.sample} does not ask for, such as "
+                         f"{min(unasked)}: choose another folder, or delete it")
+    write_atomically(path, lambda f: f.write(json.dumps(made_with, indent=2).encode()))
+
+
+@one_line_errors()
 def main(argv=None):
     """Train, or with --sample generate, as the arguments say."""
     device = init_distributed()

@@ -49,8 +49,8 @@ from losses import (LPIPS, by_first_rank, clip_loss, cross_entropy, dino_loss, f
                     gather_objects, ibot_loss, init_distributed, koleo_loss, leave_distributed,
                     one_line_errors, rank, reconstruction_loss, sinkhorn_knopp, sum_over_ranks, world_size)
 from vtp import (VTP, VTP_SIZES, SSLHead, UserError, claim_folder, denormalize, find_checkpoint,
-                 is_leftover, load_tensors, read_config, read_safetensors, run_block, samples_kept, vtp_config,
-                 write_atomically)
+                 is_leftover, load_tensors, read_config, read_safetensors, run_block, samples_kept,
+                 vtp_config, write_atomically)
 
 # ----- Settings -------------------------------------------------------------------------------------------
 # The help of an option gives its reason and source. Models narrower than `small`, such as tiny, have a recipe
@@ -75,17 +75,18 @@ def make_parser():
     parser = Settings(__doc__)
     section, option, flag = parser.section, parser.option, parser.flag
     section("data")
-    option("--data", None, "a folder of class folders, or tars (a folder, glob or braces); default: built in",
-           absolute)
+    option("--data", None, "a folder of class folders, or tars (a folder, glob or braces); default: "
+           "built in", absolute)
     option("--val_data", None, "held-out data of the same kinds; the built-in set has its own split",
            absolute)
     option("--label", "cls", "tars: where the class is, 'cls' (KEY.cls) or a field of KEY.json")
-    option("--classnames", None, "a file with a class name on each line, in the order of the labels", absolute)
+    option("--classnames", None, "a file with a class name on each line, in the order of the labels",
+           absolute)
     option("--train_size", 65536, "scenes in the built-in set", count, tiny=16384)
-    # Of a canvas of the image's size CLIP's crops are enlarged, and the decoder learns to blur: of white noise
-    # such views keep half of the power in the highest quarter of frequencies.
-    option("--canvas", None, "side of the images that views are cropped from; default: 5/4 of the image size, "
-           "so that none is enlarged; if built in, the image size", count)
+    # Crops of a canvas of the image's own size are enlarged, and the decoder learns to blur: of white noise
+    # such a view keeps half of the power in the highest quarter of frequencies.
+    option("--canvas", None, "side of the images that views are cropped from; default: 5/4 of the image "
+           "size, so that CLIP's is not enlarged; if built in, the image size", count)
     option("--bpe", None, "path of CLIP's bpe_simple_vocab_16e6.txt.gz; default: fetched once", absolute)
     option("--max_skipped", 0.1, "largest share of unusable samples before the run stops", share)
 
@@ -108,8 +109,8 @@ def make_parser():
     option("--lambda_rec", 0.1, "weight of L1 + LPIPS (arXiv v2); more without LPIPS", not_negative, tiny=3.0)
     option("--lambda_ssl", 1.0, "weight of self-distillation; 0 builds no teacher", not_negative)
     option("--lambda_clip", 1.0, "weight of the image-text loss; 0 builds no text tower", not_negative)
-    option("--lpips", "auto", "auto fetches its files, a folder holds them, none is L1 alone", folder_or_name,
-           tiny="none")
+    option("--lpips", "auto", "auto fetches its files, a folder holds them, none is L1 alone",
+           folder_or_name, tiny="none")
     option("--prototypes", 65536, "K, outputs of the SSL head (DINOv2)", count, tiny=1024)
     option("--n_local", 8, "local crops a sample, 3/8 of the side in whole patches (DINOv2)", count, tiny=4)
 
@@ -142,7 +143,7 @@ def make_parser():
     option("--workers", None, "loader processes a rank; default: 0 for the built-in set, else up to 8", whole)
     option("--log_every", 10, "steps between log lines", count)
     option("--eval_every", None, "steps between held-out measures; default: a fifth of the run", count)
-    option("--checkpoint_every", None, "steps between checkpoints, of which none is 15 minutes after the last "
+    option("--checkpoint_every", None, "steps between checkpoints, 15 minutes being the longest time without "
            "one; default: as --eval_every", count)
     option("--eval_samples", 1024, "held-out samples; probes learn from four times as many", count)
     flag("--compile", "torch.compile the blocks; default: on CUDA only", yes_or_no=True, default=None)
@@ -868,7 +869,8 @@ class Saving:
         where they wait for each other anyway, at log lines."""
         is_late = False
         if is_logged or world_size() == 1:
-            asked, is_late = zip(*gather_objects((self.asked, time.monotonic() > self.saved_at + self.SECONDS)))
+            is_late = time.monotonic() > self.saved_at + self.SECONDS
+            asked, is_late = zip(*gather_objects((self.asked, is_late)))
             self.stop, is_late = next(filter(None, asked), None), is_late[0]
         return step % self.every == 0 or is_last or is_late or self.stop is not None
 
@@ -876,7 +878,8 @@ class Saving:
         """End the program if a signal did not let the run come to its end."""
         if self.stop and step < args.samples // args.batch_size:
             if rank() == 0:
-                print(f"stopped after step {step}, which checkpoint.pt holds: --out {args.out} --resume goes on")
+                print(f"stopped after step {step}, which checkpoint.pt holds. To go on: --out {args.out} "
+                      "--resume")
             leave_distributed()
             sys.exit(128 + self.stop)
 
@@ -912,8 +915,9 @@ def save_checkpoint(saving, state, step, is_last, flops_per_step, place=None):
 def how_to_go_on(args):
     """Advice for a run that is no longer finite."""
     is_saved = os.path.isfile(os.path.join(args.out, "checkpoint.pt"))
-    return (f"A lower rate may help (or --precision fp32): --out {args.out} --resume --lr {args.lr / 2:.2g} goes "
-            f"on {'from the last checkpoint' if is_saved else 'from the start, as there is no checkpoint yet'}")
+    start = "the last checkpoint" if is_saved else "the start, as there is no checkpoint yet"
+    return (f"A lower rate may help, or --precision fp32: --out {args.out} --resume --lr {args.lr / 2:.2g} "
+            f"goes on from {start}")
 
 
 def load_checkpoint(path, state, device):
@@ -930,13 +934,13 @@ def load_checkpoint(path, state, device):
         return content["step"], content["flops_per_step"], content["place"]
     except Exception as error:
         reason = str(error).partition("\n")[0]
-        raise ValueError(f"{path} is broken or of another model ({reason}): put a copy there, or delete it to "
-                         "start the run anew with --resume") from error
+        raise ValueError(f"{path} is broken or of another model ({reason}): put a copy there, or delete it "
+                         "and --resume starts the run anew") from error
 
 
 def record_run(args, step):
     """Write run.json: arguments, git state, versions, machine. What made the numbers in this folder.
-    The record before a resume that changes the arguments is kept in "before", and until which step it held."""
+    Where --resume changes arguments, "before" keeps the record that held until then, with the step."""
     def git(command):
         folder = os.path.dirname(os.path.abspath(__file__))
         return subprocess.run(f"git {command}", shell=True, capture_output=True, text=True, cwd=folder).stdout

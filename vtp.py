@@ -627,12 +627,19 @@ def claim_folder(folder):
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno in (errno.EACCES, errno.EAGAIN):
-            raise ValueError(f"{folder} is in use by another process: wait for it, or choose another") from None
+            lock.close()
+            raise ValueError(f"{folder} is in use by another process: wait, or choose another") from None
     _claimed[os.path.realpath(folder)] = lock
     for root, _, names in os.walk(folder):
         for name in filter(is_leftover, names):
             if name != ".lock":
                 os.remove(os.path.join(root, name))
+
+
+def release_folder(folder):
+    """Let other processes claim it."""
+    if lock := _claimed.pop(os.path.realpath(folder), None):
+        lock.close()
 
 
 def load_tensors(path, map_location="cpu"):
