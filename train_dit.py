@@ -70,6 +70,7 @@ def make_parser():
 
     section("training")
     option("--model", "tiny", f"size: {', '.join(DIT_SIZES)}", choices=DIT_SIZES)
+    flag("--qk_norm", "normalise queries and keys, against NaNs (LightningDiT's variant; paper: without)")
     option("--samples", 102_400_000, "latents seen in all (paper: 100k steps of 1,024)", count, tiny=110_000)
     option("--batch_size", 1024, "latents a step over all ranks", count, tiny=64)
     option("--lr", 2e-4, "learning rate (LightningDiT)", positive, tiny=1.5e-3)
@@ -379,7 +380,8 @@ def build_state(args, cache, device):
     """Model, its average and optimizer; the same weights on every rank."""
     torch.manual_seed(args.seed)
     d, h, _ = cache.latent_shape
-    sizes = dict(**DIT_SIZES[args.model], input_size=h, in_channels=d, num_classes=cache.num_classes)
+    sizes = dict(**DIT_SIZES[args.model], input_size=h, in_channels=d, num_classes=cache.num_classes,
+                 use_qk_norm=args.qk_norm)
     model, ema = DiT(**sizes).to(device), DiT(**sizes).to(device).requires_grad_(False)
     ema.load_state_dict(model.state_dict())
     if device.type == "cuda" if args.compile is None else args.compile:
