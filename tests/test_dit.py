@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from scipy.integrate import solve_ivp
 
 import data
 import dit
@@ -275,6 +276,30 @@ def test_samplers_solve_a_closed_form_at_their_order():
             assert 2 ** order * 0.7 < ratio < 2 ** order * 1.5, (method, shift, ratio)
     # at the same number of evaluations
     assert error("adams", 41, 1.0) < error("heun", 21, 1.0) < error("euler", 41, 1.0)
+
+
+def test_heun_of_the_sizes_b_is_as_exact_as_dopri5(micro_model, tmp_path):
+    """The paper's dopri5 (SciPy's RK45) at its tolerances is the yardstick, the same at small ones
+    the exact solution. The model is in fp64: rounding is then below 1e-6."""
+    method, points, shift = sampling_of(micro_model, "--out", str(tmp_path), "--model", "B/1")
+    model = DiT.from_lightningdit(os.path.join(RELEASED, "checkpoint.pt")).double()
+    noise, labels = noise_and_labels(range(4), 0, model.latent_shape, 10)
+    times = time_grid(points, shift)
+
+    @torch.no_grad()
+    def velocity(t, x):
+        x = torch.as_tensor(x).double().view(noise.shape)
+        return model(x, torch.full((4,), t, dtype=torch.float64), labels)
+
+    def dopri5(rtol, atol):
+        derivative = lambda t, x: velocity(t, x).numpy().ravel()
+        start = noise.double().numpy().ravel()
+        return solve_ivp(derivative, (0, 1), start, "RK45", rtol=rtol, atol=atol).y[:, -1]
+    exact = dopri5(1e-8, 1e-10)
+    heun = integrate(lambda x, k: velocity(times[k], x), noise, times, method).numpy().ravel()
+    error = lambda x: np.sqrt(np.mean((x - exact) ** 2))
+    # the help of --method has 3e-5 and 8e-5, of a trained model; this one is smoother
+    assert error(heun) < error(dopri5(1e-3, 1e-6)) < 3e-5
 
 
 def test_sampling_is_the_plain_loop(released):
@@ -667,6 +692,37 @@ def test_a_wrong_argument_is_an_error_before_any_work(micro_model, tmp_path, cap
     with pytest.raises(SystemExit):
         train_dit.read_settings(common + wrong)
     assert message in capsys.readouterr().err
+
+
+def sampling_of(micro_model, *more):
+    args = train_dit.read_settings(["--tokenizer", micro_model, *more])
+    return args.method, args.steps, args.shift
+
+
+def test_sampling_defaults_are_the_sizes(micro_model, tmp_path):
+    """The paper: B by dopri5 without shift, here Heun's method; XL by Euler's with a shift."""
+    out = ["--out", str(tmp_path / "o"), "--model"]
+    assert sampling_of(micro_model, *out, "tiny") == ("adams", 20, 1.0)
+    assert sampling_of(micro_model, *out, "B/1") == ("heun", 100, 1.0)
+    assert sampling_of(micro_model, *out, "B/2") == ("heun", 100, 1.0)
+    assert sampling_of(micro_model, *out, "XL/1") == ("euler", 250, 0.075)
+    assert sampling_of(micro_model, *out, "B/1", "--steps", "9") == ("heun", 9, 1.0)
+
+
+def test_a_file_is_sampled_as_its_size_and_a_run_as_it_was(micro_model, finished, tmp_path):
+    path, heun, euler = str(tmp_path / "b.pt"), ("heun", 100, 1.0), ("euler", 250, 0.075)
+    more = ["--sample", "1", "--out", str(tmp_path / "o"), "--checkpoint"]
+    for dim, depth, expected in ((768, 12, heun), (1152, 28, euler), (768, 11, euler)):
+        shapes = {"x_embedder.proj.weight": (dim, 16, 1, 1), "feat_rope.freqs_cos": (16, 64),
+                  "y_embedder.embedding_table.weight": (11, dim),
+                  f"blocks.{depth - 1}.norm1.weight": (dim,)}       # all that tells the size
+        torch.save(dict(ema={name: torch.zeros(shape) for name, shape in shapes.items()}), path)
+        file = [*more, path, "--latents_stats", str(finished / "latents_stats.pt")]
+        assert sampling_of(micro_model, *file) == expected
+        assert sampling_of(micro_model, *file, "--method", "adams")[0] == "adams"
+    file[file.index(path)] = str(finished / "checkpoint.pt")
+    assert sampling_of(micro_model, *file) == ("adams", 20, 1.0)
+    assert sampling_of(micro_model, *more, str(finished)) == ("adams", 4, 1.0)
 
 
 def test_without_a_tokenizer_the_message_says_what_to_run_first(tmp_path, monkeypatch, capsys):
