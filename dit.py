@@ -16,7 +16,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from data import step_generator
-from vtp import Attention, PatchEmbed, RMSNorm, denormalize
+from vtp import Attention, PatchEmbed, RMSNorm, denormalize, load_tensors
 
 # ----- The model ------------------------------------------------------------------------------------------
 # Other than in vtp.py: modulation, RMSNorm eps 1e-6 (there 1e-5), fused w12 of another inner width, RoPE in
@@ -67,10 +67,12 @@ class Modulation(nn.Sequential):
 
 class DiTBlock(nn.Module):
     """Pre-norm block (B, N, dim); conditions modulate its norms and gate its branches (adaLN-zero)."""
-    def __init__(self, dim, n_heads):
+    def __init__(self, dim, n_heads, use_qk_norm=False):
         super().__init__()
         self.norm1, self.norm2 = RMSNorm(dim, eps=1e-6), RMSNorm(dim, eps=1e-6)
         self.attn = Attention(dim, n_heads, use_qk_norm=False, rotate=rotate_pairs)
+        if use_qk_norm:  # Attention's own would have eps 1e-5
+            self.attn.q_norm, self.attn.k_norm = (RMSNorm(dim // n_heads, eps=1e-6) for _ in range(2))
         self.mlp = FusedSwiGLU(dim)
         self.adaLN_modulation = Modulation(dim, 6)
 
@@ -117,8 +119,10 @@ def sincos_positions(dim, n):
 
 
 class DiT(nn.Module):
-    """Class-conditional diffusion transformer on normalised latents; num_classes is less the null class."""
-    def __init__(self, dim, depth, n_heads, patch_size, input_size, in_channels, num_classes):
+    """Class-conditional diffusion transformer on normalised latents; num_classes is less the null class.
+    use_qk_norm: RMSNorm of each head's queries and keys, LightningDiT's remedy for NaNs; off in the paper."""
+    def __init__(self, dim, depth, n_heads, patch_size, input_size, in_channels, num_classes,
+                 use_qk_norm=False):
         super().__init__()
         if input_size % patch_size or dim % n_heads or dim // n_heads % 4:
             raise ValueError(f"patches of {patch_size} must divide the latents' side, {input_size}, and "
@@ -132,7 +136,7 @@ class DiT(nn.Module):
         self.y_embedder = nn.Sequential(OrderedDict(embedding_table=table))
         self.pos_embed = nn.Parameter(sincos_positions(dim, n)[None], requires_grad=False)
         self.feat_rope = Rope(dim // n_heads, n)
-        self.blocks = nn.ModuleList(DiTBlock(dim, n_heads) for _ in range(depth))
+        self.blocks = nn.ModuleList(DiTBlock(dim, n_heads, use_qk_norm) for _ in range(depth))
         self.final_layer = FinalLayer(dim, patch_size ** 2 * in_channels)
         for m in self.modules():
             if isinstance(m, (nn.Linear, nn.Conv2d)):
@@ -167,24 +171,33 @@ class DiT(nn.Module):
     @classmethod
     def from_lightningdit(cls, where):
         """From the path of LightningDiT's or train_dit.py's checkpoint (EMA), or a state dict, strictly."""
-        name = "the state dict" if isinstance(where, dict) else where
-        state = where if isinstance(where, dict) else torch.load(where, map_location="cpu", weights_only=True)
-        state = state.get("ema", state.get("model", state))
-        state = {k.removeprefix("module."): v for k, v in state.items()}
-        if not {"x_embedder.proj.weight", "feat_rope.freqs_cos"} <= state.keys():
-            raise ValueError(f"{name} is of no LightningDiT with RoPE")
-        dim, in_channels, patch_size, _ = state["x_embedder.proj.weight"].shape
-        n_positions, head_dim = state["feat_rope.freqs_cos"].shape
-        depth = 1 + max(int(k.split(".")[1]) for k in state if k.startswith("blocks."))
-        num_classes = len(state["y_embedder.embedding_table.weight"]) - 1
-        input_size = math.isqrt(n_positions) * patch_size
-        model = cls(dim, depth, dim // head_dim, patch_size, input_size, in_channels, num_classes)
+        state, sizes = read_lightningdit(where)
+        model = cls(**sizes)
         try:
             model.load_state_dict(state)
         except RuntimeError as error:
+            name = "the state dict" if isinstance(where, dict) else where
             raise ValueError(f"{name} is not the paper's variant of LightningDiT (RoPE, RMSNorm, SwiGLU, "
-                             f"shifted adaLN, no QK-norm): {error}") from None
+                             f"shifted adaLN, with QK-norm or without): {error}") from None
         return model
+
+
+def read_lightningdit(where):
+    """What DiT.from_lightningdit takes -> the state dict and, from its names and shapes, DiT's arguments.
+    A file is mapped, so that of a large one only what is used is read."""
+    is_file = not isinstance(where, dict)
+    state = load_tensors(where) if is_file else where
+    state = state.get("ema", state.get("model", state)) if isinstance(state, dict) else {}
+    state = {k.removeprefix("module."): v for k, v in state.items()}
+    if not {"x_embedder.proj.weight", "feat_rope.freqs_cos"} <= state.keys():
+        raise ValueError(f"{where if is_file else 'the state dict'} is of no LightningDiT with RoPE")
+    dim, in_channels, patch_size, _ = state["x_embedder.proj.weight"].shape
+    n_positions, head_dim = state["feat_rope.freqs_cos"].shape
+    return state, dict(
+        dim=dim, depth=1 + max(int(k.split(".")[1]) for k in state if k.startswith("blocks.")),
+        n_heads=dim // head_dim, patch_size=patch_size, input_size=math.isqrt(n_positions) * patch_size,
+        in_channels=in_channels, num_classes=len(state["y_embedder.embedding_table.weight"]) - 1,
+        use_qk_norm="blocks.0.attn.q_norm.weight" in state)
 
 
 DIT_SIZES = {  # LightningDiT; 1.0B: VA-VAE's appendix; tiny: for a CPU

@@ -162,7 +162,7 @@ def read_settings(argv=None):
     if args.init:                           # a hub id is fetched
         config = read_config(first_on_node(lambda: find_checkpoint(args.init)))
     is_tiny = config.vision_embed_dim < TINY_WIDTH
-    parser.complete(args, is_tiny)
+    parser.complete(args, "tiny" if is_tiny else None)
     follow_batch_size(args, is_tiny)
     latent_dim = args.latent_dim or config.vision_feature_bottleneck
     if args.init and latent_dim != config.vision_feature_bottleneck:
@@ -637,7 +637,7 @@ def folder_or_name(text):
 
 
 class Settings(argparse.ArgumentParser):
-    """A command line whose help shows every default; some defaults differ for tiny models."""
+    """A command line whose help shows every default; some defaults depend on the size of the model."""
     def __init__(self, description):
         super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
         self.group, self.by_size, self.given = self, {}, {}
@@ -645,15 +645,18 @@ class Settings(argparse.ArgumentParser):
     def section(self, title):
         self.group = self.add_argument_group(title)
 
-    def option(self, name, default, help, type=str, tiny=None, **kwargs):
-        """tiny: the default of tiny models, if it is another. A list as default takes as many values."""
+    def option(self, name, default, help, type=str, tiny=None, B=None, **kwargs):
+        """tiny, B: the default of models of that size, if it is another. A list as default takes as many
+        values."""
+        others = {kind: value for kind, value in dict(tiny=tiny, B=B).items() if value is not None}
         shown = default
-        if tiny is not None:
-            self.by_size[name[2:]] = {True: tiny, False: default}
-            shown = f"{tiny} for tiny, else {'see text' if default is None else default}"
+        if others:
+            self.by_size[name[2:]] = (others, default)
+            shown = "".join(f"{value} for {kind}, " for kind, value in others.items())
+            shown += f"else {'see text' if default is None else default}"
         if isinstance(default, list):
             kwargs["nargs"] = len(default)
-        self.group.add_argument(name, default=default if tiny is None else None, type=type,
+        self.group.add_argument(name, default=None if others else default, type=type,
                                 help=f"{help} [{shown}]".replace("%", "%%"), **kwargs)
 
     def flag(self, name, help, yes_or_no=False, default=False):
@@ -684,12 +687,12 @@ class Settings(argparse.ArgumentParser):
             self.error(f"--resume continues a run that was started with other settings: {', '.join(changed)}")
         return args
 
-    def complete(self, args, is_tiny):
-        """Fill in the defaults that depend on the model's size."""
+    def complete(self, args, kind):
+        """Fill in the defaults that depend on the size of the model: kind is "tiny", "B" or any other."""
         self.given = vars(args).copy()
-        for name, values in self.by_size.items():
+        for name, (others, default) in self.by_size.items():
             if getattr(args, name) is None:
-                setattr(args, name, values[is_tiny])
+                setattr(args, name, others.get(kind, default))
 
     def said(self, name, args):
         """An option and its value for a message, and that it is a default where the user did not give it."""

@@ -2,11 +2,13 @@
 latent cache, train_dit.py."""
 import math
 import os
+import re
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from scipy.integrate import solve_ivp
 
 import data
 import dit
@@ -108,10 +110,87 @@ def test_patches_of_two_go_back_to_their_places():
     assert torch.equal(out[:, :2, :2], out[:, 2:, 2:])
 
 
+def slow_attention(x, tensors, n_heads):
+    """LightningDiT's attention in fp64, one head of one image after another: x (B, N, dim) -> the
+    same. QK-norm where it has tensors; RoPE as a product of complex numbers."""
+    x, tensors = x.double(), {name: tensor.double() for name, tensor in tensors.items()}
+    (B, N, dim), side = x.shape, math.isqrt(x.shape[1])
+    qkv = x @ tensors["qkv.weight"].T + tensors["qkv.bias"]
+    qkv = qkv.view(B, N, 3, n_heads, dim // n_heads)
+    n_angles = dim // n_heads // 4                          # of rows, and as many of columns
+    frequencies = 10000.0 ** (-torch.arange(n_angles).double() / n_angles)
+    places = torch.arange(N)[:, None]
+    angles = torch.cat((places // side * frequencies, places % side * frequencies), dim=1)
+    rotation = torch.polar(torch.ones_like(angles), angles)
+
+    def prepare(z, norm):
+        if norm in tensors:
+            z = z / (z.square().mean(dim=1, keepdim=True) + 1e-6).sqrt() * tensors[norm]
+        pairs = torch.view_as_complex(z.reshape(N, -1, 2))
+        return torch.view_as_real(pairs * rotation).flatten(1)
+    out = torch.empty_like(qkv[:, :, 0])
+    for b in range(B):
+        for h in range(n_heads):
+            q, k, v = qkv[b, :, :, h].unbind(1)
+            q, k = prepare(q, "q_norm.weight"), prepare(k, "k_norm.weight")
+            out[b, :, h] = (q @ k.T / math.sqrt(dim // n_heads)).softmax(dim=1) @ v
+    return out.flatten(2) @ tensors["proj.weight"].T + tensors["proj.bias"]
+
+
+def with_slow_attention(state):
+    """The model of a state dict, its attention replaced by the slow one."""
+    model = DiT.from_lightningdit(state).eval()
+    for i, block in enumerate(model.blocks):
+        start = f"blocks.{i}.attn."
+        own = {k.removeprefix(start): v for k, v in state.items() if k.startswith(start)}
+        n_heads = block.attn.n_heads
+        block.attn.forward = lambda x, rope, own=own, n_heads=n_heads: (
+            slow_attention(x, own, n_heads).float())
+    return model
+
+
+def normed_state(released):
+    """A state dict with QK-norm. Queries and keys are so small, 0.001, that its eps of 1e-6
+    counts."""
+    generator = torch.Generator().manual_seed(0)
+    state = {name: tensor.clone() for name, tensor in released[0].state_dict().items()}
+    for i in range(2):
+        for name in ("weight", "bias"):
+            state[f"blocks.{i}.attn.qkv.{name}"][:96] *= 1e-3       # of 48 channels each
+        for name in ("q_norm", "k_norm"):
+            weight = 1 + torch.rand(24, generator=generator)
+            state[f"blocks.{i}.attn.{name}.weight"] = weight
+    return state
+
+
+def test_qk_norm_is_lightningdits(released):
+    """Against a slow attention, which without QK-norm gives the authors' numbers."""
+    expected, state = released[1], normed_state(released)
+    inputs = [expected[name] for name in ("x", "t", "y")]
+    with torch.no_grad():
+        plain = with_slow_attention(released[0].state_dict())(*inputs)
+        slow, fast = with_slow_attention(state)(*inputs), DiT.from_lightningdit(state)(*inputs)
+    torch.testing.assert_close(plain, expected["out"], atol=1e-4, rtol=0)
+    # fp32 beside fp64
+    torch.testing.assert_close(fast, slow, atol=1e-5, rtol=1e-5)
+
+
+def test_qk_norm_loads_where_all_its_tensors_are(released, tmp_path):
+    state, path = normed_state(released), str(tmp_path / "a.pt")
+    torch.save(dict(ema=state), path)
+    again = DiT.from_lightningdit(path).state_dict()
+    assert again.keys() == state.keys() and all(torch.equal(again[k], state[k]) for k in state)
+    assert not any("_norm" in name for name in released[0].state_dict() if ".attn." in name)
+    for name in [k for k in state if "q_norm" in k or "k_norm" in k]:
+        torch.save(dict(ema={k: v for k, v in state.items() if k != name}), path)
+        with pytest.raises(ValueError, match=re.escape(path)):
+            DiT.from_lightningdit(path)
+
+
 def test_another_variant_is_an_error_that_says_so(released):
     state = dict(released[0].state_dict())
-    state["blocks.0.attn.q_norm.weight"] = torch.ones(24)
-    with pytest.raises(ValueError, match="q_norm"):
+    state["blocks.0.attn.q_norm.bias"] = torch.zeros(24)
+    with pytest.raises(ValueError, match="q_norm.bias"):
         DiT.from_lightningdit(state)
     with pytest.raises(ValueError, match="LightningDiT"):
         DiT.from_lightningdit({"weight": torch.ones(1)})
@@ -197,6 +276,30 @@ def test_samplers_solve_a_closed_form_at_their_order():
             assert 2 ** order * 0.7 < ratio < 2 ** order * 1.5, (method, shift, ratio)
     # at the same number of evaluations
     assert error("adams", 41, 1.0) < error("heun", 21, 1.0) < error("euler", 41, 1.0)
+
+
+def test_heun_of_the_sizes_b_is_as_exact_as_dopri5(micro_model, tmp_path):
+    """The paper's dopri5 (SciPy's RK45) at its tolerances is the yardstick, the same at small ones
+    the exact solution. The model is in fp64: rounding is then below 1e-6."""
+    method, points, shift = sampling_of(micro_model, "--out", str(tmp_path), "--model", "B/1")
+    model = DiT.from_lightningdit(os.path.join(RELEASED, "checkpoint.pt")).double()
+    noise, labels = noise_and_labels(range(4), 0, model.latent_shape, 10)
+    times = time_grid(points, shift)
+
+    @torch.no_grad()
+    def velocity(t, x):
+        x = torch.as_tensor(x).double().view(noise.shape)
+        return model(x, torch.full((4,), t, dtype=torch.float64), labels)
+
+    def dopri5(rtol, atol):
+        derivative = lambda t, x: velocity(t, x).numpy().ravel()
+        start = noise.double().numpy().ravel()
+        return solve_ivp(derivative, (0, 1), start, "RK45", rtol=rtol, atol=atol).y[:, -1]
+    exact = dopri5(1e-8, 1e-10)
+    heun = integrate(lambda x, k: velocity(times[k], x), noise, times, method).numpy().ravel()
+    error = lambda x: np.sqrt(np.mean((x - exact) ** 2))
+    # the help of --method has 3e-5 and 8e-5, of a trained model; this one is smoother
+    assert error(heun) < error(dopri5(1e-3, 1e-6)) < 3e-5
 
 
 def test_sampling_is_the_plain_loop(released):
@@ -555,6 +658,21 @@ def test_counting_flops_changes_nothing(micro_model, finished):
     assert all(torch.equal(a, b) for a, b in zip(*results))
 
 
+def test_qk_norm_trains_and_comes_back(micro_model, finished, tmp_path):
+    _, plain, _ = setting(micro_model, finished)
+    assert not any("q_norm" in name for name in plain.model.state_dict())
+    _, state, make_batch = setting(micro_model, finished, "--qk_norm")
+    train_dit.set_lr(state, 5, 10)
+    for step in range(4):        # the first ones move what starts at 0 and lets no gradient through
+        train_dit.train_step(state, make_batch(step))
+    for block in state.model.blocks:
+        assert (block.attn.q_norm.weight != 1).any() and (block.attn.k_norm.weight != 1).any()
+    path = str(tmp_path / "checkpoint.pt")
+    train_dit.save_checkpoint(path, state, 4, 0)
+    again = DiT.from_lightningdit(path).state_dict()
+    assert all(torch.equal(again[k], v) for k, v in state.ema.state_dict().items())
+
+
 @pytest.mark.parametrize("wrong, message", [
     (["--tokenizer", "nowhere/at/all"], "nowhere"),
     (["--model", "huge"], "XL/1"),
@@ -574,6 +692,37 @@ def test_a_wrong_argument_is_an_error_before_any_work(micro_model, tmp_path, cap
     with pytest.raises(SystemExit):
         train_dit.read_settings(common + wrong)
     assert message in capsys.readouterr().err
+
+
+def sampling_of(micro_model, *more):
+    args = train_dit.read_settings(["--tokenizer", micro_model, *more])
+    return args.method, args.steps, args.shift
+
+
+def test_sampling_defaults_are_the_sizes(micro_model, tmp_path):
+    """The paper: B by dopri5 without shift, here Heun's method; XL by Euler's with a shift."""
+    out = ["--out", str(tmp_path / "o"), "--model"]
+    assert sampling_of(micro_model, *out, "tiny") == ("adams", 20, 1.0)
+    assert sampling_of(micro_model, *out, "B/1") == ("heun", 100, 1.0)
+    assert sampling_of(micro_model, *out, "B/2") == ("heun", 100, 1.0)
+    assert sampling_of(micro_model, *out, "XL/1") == ("euler", 250, 0.075)
+    assert sampling_of(micro_model, *out, "B/1", "--steps", "9") == ("heun", 9, 1.0)
+
+
+def test_a_file_is_sampled_as_its_size_and_a_run_as_it_was(micro_model, finished, tmp_path):
+    path, heun, euler = str(tmp_path / "b.pt"), ("heun", 100, 1.0), ("euler", 250, 0.075)
+    more = ["--sample", "1", "--out", str(tmp_path / "o"), "--checkpoint"]
+    for dim, depth, expected in ((768, 12, heun), (1152, 28, euler), (768, 11, euler)):
+        shapes = {"x_embedder.proj.weight": (dim, 16, 1, 1), "feat_rope.freqs_cos": (16, 64),
+                  "y_embedder.embedding_table.weight": (11, dim),
+                  f"blocks.{depth - 1}.norm1.weight": (dim,)}       # all that tells the size
+        torch.save(dict(ema={name: torch.zeros(shape) for name, shape in shapes.items()}), path)
+        file = [*more, path, "--latents_stats", str(finished / "latents_stats.pt")]
+        assert sampling_of(micro_model, *file) == expected
+        assert sampling_of(micro_model, *file, "--method", "adams")[0] == "adams"
+    file[file.index(path)] = str(finished / "checkpoint.pt")
+    assert sampling_of(micro_model, *file) == ("adams", 20, 1.0)
+    assert sampling_of(micro_model, *more, str(finished)) == ("adams", 4, 1.0)
 
 
 def test_without_a_tokenizer_the_message_says_what_to_run_first(tmp_path, monkeypatch, capsys):
