@@ -18,7 +18,7 @@ import shutil
 from collections import OrderedDict
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Literal, get_args, get_origin
+from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -52,9 +52,20 @@ def denormalize(images):
 
 # ----- Configuration --------------------------------------------------------------------------------------
 
+MAX_FIELD = 2 ** 18  # above any number in use; three such sizes are multiplied, and must fit in 63 bits
+
+
+def _is_of(value, kind):
+    """Whether a field's value is of a type, or is a Literal's value. Strictly, as 0 == False."""
+    if isinstance(kind, type):
+        return type(value) is kind or (type(value), kind) == (int, float)
+    return type(value) is type(kind) and value == kind
+
+
 @dataclass
 class VTPConfig:
-    """The released config.json, as of the base model. ValueError names a field at fault."""
+    """The released config.json, as of the base model. ValueError names a field at fault. The annotations are
+    what is checked: an int is a size, a float a ratio, and both are positive; float | None may be any."""
     image_size: int = 256
     train_clip: bool = True
     train_reconstruction: bool = True
@@ -98,9 +109,14 @@ class VTPConfig:
 
     def __post_init__(self):
         for f in fields(self):
-            value, values = getattr(self, f.name), get_args(f.type)
-            if get_origin(f.type) is Literal and value not in values:
-                raise ValueError(f"config field {f.name} = {value!r} is not implemented, only {values}")
+            value, kinds = getattr(self, f.name), get_args(f.type) or (f.type,)
+            if not any(_is_of(value, kind) for kind in kinds):
+                names = (kind.__name__ if isinstance(kind, type) else repr(kind) for kind in kinds)
+                raise ValueError(f"config field {f.name} = {value!r:.80}: expected {' or '.join(names)}")
+            low = 0 if f.type in (int, float) else -MAX_FIELD
+            if type(value) in (int, float) and not low < value <= MAX_FIELD:
+                raise ValueError(f"config field {f.name} = {value!r:.80}: expected more than {low}, "
+                                 f"and at most {MAX_FIELD}")
         for tower, used in dict(vision=True, decoder=self.train_reconstruction, text=self.train_clip).items():
             dim, heads = getattr(self, f"{tower}_embed_dim"), getattr(self, f"{tower}_num_heads")
             if used and (dim % heads or (tower != "text" and dim // heads % 4)):
@@ -120,7 +136,7 @@ class VTPConfig:
         """From a parsed config.json, less HUB_FIELDS. ValueError names unknown fields."""
         values = {k: v for k, v in values.items() if k not in HUB_FIELDS and not k.startswith("_")}
         if unknown := sorted(set(values) - {f.name for f in fields(cls)}):
-            raise ValueError(f"unknown config fields: {', '.join(unknown)}")
+            raise ValueError(f"unknown config fields: {', '.join(map(repr, unknown))}")
         return cls(**values)
 
 
@@ -247,7 +263,7 @@ class LayerScale(nn.Module):
     """A learned gain for each channel."""
     def __init__(self, dim, init_value):
         super().__init__()
-        self.gamma = nn.Parameter(torch.full((dim,), init_value))
+        self.gamma = nn.Parameter(torch.full((dim,), float(init_value)))
 
     def forward(self, x):
         return x * self.gamma
@@ -523,8 +539,22 @@ class VTP(nn.Module):
     def from_pretrained(cls, where):
         """From a folder or a hub id. FileNotFoundError; ValueError: broken; RuntimeError: does not fit."""
         folder = find_checkpoint(where)
-        model = cls(read_config(folder))
-        model.load_state_dict(read_safetensors(Path(folder, "model.safetensors")))
+        config, path = read_config(folder), Path(folder, "model.safetensors")
+        tensors = read_safetensors(path)
+        n_blocks = (config.vision_depth + config.train_reconstruction * config.decoder_depth
+                    + config.train_clip * config.text_depth)
+        if n_blocks > len(tensors):  # to build too many would take hours, even on "meta"
+            raise RuntimeError(f"{path} has {len(tensors)} tensors, config.json asks for {n_blocks} blocks")
+        with torch.device("meta"):  # no memory, whatever the config asks for, and no initial values
+            model = cls(config)
+        describe = lambda tensors: {name: f"{'' if t.is_floating_point() else t.dtype}{list(t.shape)}"
+                                    for name, t in tensors.items()}
+        ours, theirs = describe(model.state_dict()), describe(tensors)
+        if wrong := sorted({name for name, _ in ours.items() ^ theirs.items()}):
+            some = (f"{name!r} is {theirs.get(name, 'missing')}, not {ours.get(name, 'known')}"
+                    for name in wrong[:3])
+            raise RuntimeError(f"{path} does not fit config.json in {len(wrong)} tensors: {'; '.join(some)}")
+        model.to_empty(device=torch.get_default_device()).load_state_dict(tensors)
         return model
 
     def save_pretrained(self, folder):
@@ -542,27 +572,65 @@ SAFETENSORS_DTYPES = dict(
     I32=torch.int32, I16=torch.int16, I8=torch.int8, U8=torch.uint8, BOOL=torch.bool)
 
 
+def parse_json(text):
+    """The JSON object in bytes, as a dict. ValueError: there is none, or a name stands in it twice."""
+    def to_dict(pairs):
+        values = {}
+        for name, value in pairs:
+            if name in values:
+                raise ValueError(f"{name!r} stands there twice")
+            values[name] = value
+        return values
+    try:
+        values = json.loads(text, object_pairs_hook=to_dict)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"not a JSON object but {type(values).__name__}")
+    return values
+
+
 def read_safetensors(path):
-    """A safetensors file as {name: tensor}, memory-mapped copy-on-write. ValueError if it is broken."""
+    """A safetensors file as {name: tensor}, memory-mapped copy-on-write.
+    ValueError names a tensor at fault: its entry, its place, or NaN or infinity in it (as float32)."""
     try:
         data = np.memmap(path, mode="c")
         start = 8 + int.from_bytes(data[:8], "little")  # where the header ends
-        header = json.loads(data[8:start].tobytes())
-    except ValueError:
-        raise ValueError(f"{path} is no safetensors file, or cut short") from None
+        if start > min(len(data), 10 ** 8):  # the format's own limit
+            raise ValueError(f"{len(data)} bytes, of which a header of {start - 8}")
+        header = parse_json(data[8:start].tobytes())
+    except ValueError as error:
+        raise ValueError(f"{path} is no safetensors file, or cut short: {error}") from None
     header.pop("__metadata__", None)
-    size = start + max((info["data_offsets"][1] for info in header.values()), default=0)
-    if size != len(data):
-        raise ValueError(f"{path} has {len(data)} bytes, not {size}: is it cut short?")
-    tensors = {}
+    is_sizes = lambda values: isinstance(values, list) and all(type(n) is int and n >= 0 for n in values)
+    entries, tensors, end = [], {}, 0
     for name, info in header.items():
-        dtype, (first, last) = SAFETENSORS_DTYPES.get(info["dtype"]), info["data_offsets"]
+        info = info if isinstance(info, dict) else {}
+        code, shape, place = (info.get(key) for key in ("dtype", "shape", "data_offsets"))
+        dtype = SAFETENSORS_DTYPES.get(str(code))
         if dtype is None:
-            raise ValueError(f"{path}: {name} has dtype {info['dtype']}, which is not read here")
+            raise ValueError(f"{path}: {name!r} has dtype {code!r:.80}, which is not read here")
+        # torch's strides must fit in 63 bits, even where a size of 0 makes the tensor empty
+        if (not is_sizes(shape) or not is_sizes(place) or len(place) != 2
+                or math.prod(shape) * dtype.itemsize != place[1] - place[0]
+                or math.prod(n or 1 for n in shape) >= 2 ** 63):
+            raise ValueError(f"{path}: {name!r} is broken: {code} of shape {shape!r:.80} at {place!r:.80}")
+        entries.append((*place, name, dtype, shape))
+    entries.sort()
+    for first, last, name, *_ in entries:
+        if first != end:
+            raise ValueError(f"{path}: {name!r} begins at byte {first}, not {end}: a hole or an overlap")
+        end = last
+    if start + end != len(data):
+        raise ValueError(f"{path} has {len(data)} bytes, not {start + end}: is it cut short?")
+    for first, last, name, dtype, shape in entries:
         raw = torch.from_numpy(data[start + first:start + last])
         if raw.data_ptr() % dtype.itemsize:
             raw = raw.clone()  # the format does not promise alignment
-        tensors[name] = raw.view(dtype).view(info["shape"])
+        tensors[name] = t = raw.view(dtype).view(shape)
+        # smallest and largest, as they are found without a copy of the weights
+        if dtype.is_floating_point and len(raw) and not torch.stack(t.aminmax()).float().isfinite().all():
+            raise ValueError(f"{path}: {name!r} holds NaN or infinity")
     return tensors
 
 
@@ -687,6 +755,6 @@ def read_config(folder):
     """VTPConfig of a checkpoint folder. ValueError names the file and the field at fault."""
     path = Path(folder, "config.json")
     try:
-        return VTPConfig.from_dict(json.loads(path.read_bytes()))
-    except (ValueError, TypeError) as error:
+        return VTPConfig.from_dict(parse_json(path.read_bytes()))
+    except ValueError as error:
         raise ValueError(f"{path}: {error}") from error

@@ -3,8 +3,10 @@ import http.server
 import json
 import math
 import os
+import random
 import shutil
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -243,6 +245,35 @@ def test_what_is_not_implemented_is_an_error_that_names_it(tmp_path, field, valu
         VTP.from_pretrained(str(tmp_path))
 
 
+@pytest.mark.parametrize("field, value", [
+    ("vision_depth", "4"), ("vision_depth", 2.0), ("vision_depth", True), ("vision_depth", None),
+    ("vision_depth", 0), ("vision_depth", -2), ("vision_num_heads", 0), ("text_vocab_size", 2 ** 18 + 1),
+    ("image_size", [64]), ("train_clip", "false"), ("train_clip", 1), ("train_reconstruction", None),
+    ("vision_mlp_ratio", math.nan), ("vision_mlp_ratio", math.inf), ("vision_mlp_ratio", 0),
+    ("vision_mlp_ratio", True), ("vision_mlp_ratio", None), ("text_mlp_ratio", "4"), ("text_mlp_ratio", -4.0),
+    ("text_mlp_ratio", 10 ** 400), ("vision_init_values", math.nan), ("vision_init_values", "1e-5"),
+    ("init_logit_scale", -math.inf), ("decoder_init_values", False), ("text_pad_id", False),
+    ("text_embed_cls", 0), ("vision_ffn_layer", ["mlp"]), ("vision_clip_feat", None)])
+def test_a_field_of_a_wrong_type_or_range_is_an_error_that_names_field_and_file(tmp_path, field, value):
+    config = json.loads(Path(RELEASED, "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, field: value}))
+    with pytest.raises(ValueError, match=rf"config\.json: config field {field} = .*expected"):
+        vtp.read_config(tmp_path)
+
+
+@pytest.mark.parametrize("text", [b"", b"[]", b"4", b"null", b'{"image_size": 64', b'{"image_size": "\xff"}',
+                                  b"[" * 100_000, b'{"image_size": 64, "image_size": 32}'])
+def test_a_config_that_is_no_json_object_is_an_error_that_names_the_file(tmp_path, text):
+    (tmp_path / "config.json").write_bytes(text)
+    with pytest.raises(ValueError, match=r"config\.json: "):
+        vtp.read_config(tmp_path)
+
+
+def test_an_int_does_for_a_float_field():
+    model = VTP(micro_config(vision_mlp_ratio=4, vision_init_values=1, init_logit_scale=0))
+    assert model.trunk.blocks[0].ls1.gamma.dtype == torch.float32 and model.logit_scale == 0
+
+
 def test_hub_bookkeeping_is_ignored():
     config = json.load(open(os.path.join(RELEASED, "config.json")))
     bookkeeping = {"torch_dtype": "float32", "_name_or_path": "x", "auto_map": {}}
@@ -276,16 +307,129 @@ def test_safetensors_round_trip_and_a_cut_file_is_an_error(tmp_path):
             read_safetensors(path + ".cut")
 
 
+WHOLE = dict(dtype="F32", shape=[2], data_offsets=[0, 8])
+
+
+# Of the two tensors "b" is whole, and "a" is this, or a float32 [2] in bytes 0 to 8 but for this.
+@pytest.mark.parametrize("entry, says", [
+    ([], "'a' has dtype None"), ({}, "'a' has dtype None"), (dict(dtype=None), "'a' has dtype None"),
+    (dict(dtype=["F32"]), "'a' has dtype"), (dict(dtype="F4"), "'a' has dtype 'F4'"),
+    *((dict(shape=shape), "'a' is broken") for shape in (
+        None, 2, "2", [], [3], [2.0], ["2"], [True, 2], [-1, -2], [10 ** 400])),
+    *((dict(data_offsets=place), "'a' is broken") for place in (
+        None, 8, [8], [8, 0], [0, 8, 16], [0.0, 8.0], ["0", "8"], [-8, 0], [False, 8], [0, 7])),
+    (dict(shape=[0, 10 ** 30], data_offsets=[0, 0]), "'a' is broken"),
+    (dict(data_offsets=[4, 12]), "'a' begins at byte 4, not 0"),
+    (dict(data_offsets=[8, 16]), "'a' begins at byte 8, not 0"),
+    (dict(shape=[1], data_offsets=[0, 4]), "'b' begins at byte 8, not 4"),
+    (dict(shape=[3], data_offsets=[0, 12]), "'b' begins at byte 8, not 12")])
+def test_a_broken_entry_is_an_error_that_names_file_and_tensor(tmp_path, entry, says):
+    a = {**WHOLE, **entry} if entry else entry
+    text = json.dumps({"a": a, "b": {**WHOLE, "data_offsets": [8, 16]}}).encode()
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(len(text).to_bytes(8, "little") + text + bytes(16))
+    with pytest.raises(ValueError, match=rf"x\.safetensors: {says}"):
+        read_safetensors(path)
+
+
+A = json.dumps({"a": WHOLE}).encode()
+
+
+@pytest.mark.parametrize("n, rest", [
+    (2 ** 64 - 1, A + bytes(8)), (len(A) + 100, A + bytes(8)), (len(A) - 1, A + bytes(8)), (0, b""),
+    (len(A), A + bytes(7)), (len(A), A + bytes(9)), (2, b"[]"), (4, b"null"), (4, b"\xff\xfe{}"),
+    (100_000, b"[" * 100_000), (2 * len(A), A[:-1] + b", " + A[1:] + bytes(8))])
+def test_a_broken_header_is_an_error_that_names_the_file(tmp_path, n, rest):
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(n.to_bytes(8, "little") + rest)
+    with pytest.raises(ValueError, match=r"x\.safetensors"):
+        read_safetensors(path)
+
+
+@pytest.mark.parametrize("dtype, value", [
+    (torch.float64, 1e300),  # finite, but not in the model's float32
+    *((getattr(torch, dtype), value) for dtype in ("float64", "float32", "float16", "bfloat16")
+      for value in (math.nan, math.inf, -math.inf))])
+def test_weights_that_are_not_finite_are_an_error_that_names_file_and_tensor(tmp_path, dtype, value):
+    weights = torch.zeros(70, dtype=dtype)
+    weights[33] = value
+    path = tmp_path / "x.safetensors"
+    write_safetensors(path, {"empty": weights[:0], "trunk.norm.weight": weights, "n": torch.arange(3)})
+    with pytest.raises(ValueError, match=r"x\.safetensors: 'trunk\.norm\.weight' holds NaN or infinity"):
+        read_safetensors(path)
+
+
+@pytest.mark.parametrize("seed, n", [(0, 600)])  # more: 5,000 of each of several seeds, by hand
+def test_broken_checkpoints_load_finite_weights_or_end_in_one_line_that_names_the_file(tmp_path, micro_model,
+                                                                                       seed, n):
+    rng, shapes = random.Random(seed), {k: v.shape for k, v in VTP(micro_config()).state_dict().items()}
+    names, n_loaded = ("config.json", "model.safetensors"), 0
+    whole = {name: Path(micro_model, name).read_bytes() for name in names}
+    header = 8 + int.from_bytes(whole["model.safetensors"][:8], "little")
+    for case in range(n):
+        name = rng.choice(names)
+        broken = bytearray(whole[name])
+        end = rng.choice((8, header, len(broken))) if name == "model.safetensors" else len(broken)
+        for _ in range(rng.choice((1, 1, 2, 8))):
+            i, j, length = rng.randrange(end), rng.randrange(end), rng.randrange(1, 40)
+            kind = rng.choice(("bit", "bit", "sign", "sign", "swap", "remove", "cut"))
+            if kind == "bit":
+                broken[i:i + 1] = (byte ^ 1 << rng.randrange(8) for byte in broken[i:i + 1])
+            elif kind == "sign":  # one that JSON knows
+                broken[i:i + 1] = rng.choices(b'0123456789-.eE"{}[],: ')
+            elif kind == "swap":
+                broken[i:i + length], broken[j:j + length] = broken[j:j + length], broken[i:i + length]
+            else:
+                del broken[i:i + length if kind == "remove" else None]
+        for other in names:
+            (tmp_path / other).write_bytes(broken if other == name else whole[other])
+        try:
+            state = VTP.from_pretrained(str(tmp_path)).state_dict()
+        except (ValueError, FileNotFoundError, RuntimeError) as error:
+            assert "\n" not in str(error) and str(tmp_path) in str(error), (case, error)
+            continue
+        n_loaded += 1
+        # a config that leaves a part out would not fit, so these are the shapes, whatever was broken
+        assert {k: v.shape for k, v in state.items()} == shapes, case
+        assert all(v.isfinite().all() for v in state.values()), case
+    assert n / 50 < n_loaded < n / 2  # both ends are reached
+
+
 def test_weights_that_do_not_fit_and_missing_folders_are_errors(tmp_path, released):
-    released[0].save_pretrained(tmp_path)
-    tensors = read_safetensors(str(tmp_path / "model.safetensors"))
-    tensors.pop("logit_scale")
-    write_safetensors(str(tmp_path / "model.safetensors"), tensors)
-    with pytest.raises(RuntimeError, match="logit_scale"):
-        VTP.from_pretrained(str(tmp_path))
+    path = tmp_path / "model.safetensors"
+    for change, message in (
+            (dict(logit_scale=None), "in 1 tensors: 'logit_scale' is missing, not \\[\\]"),
+            (dict(logit_scale=torch.ones(2)), r"in 1 tensors: 'logit_scale' is \[2\], not \[\]"),
+            (dict(logit_scale=torch.tensor(3)), r"in 1 tensors: 'logit_scale' is torch.int64\[\], not \[\]"),
+            (dict.fromkeys("abcde", torch.ones(2)), r"in 5 .*: 'a' is \[2\], not known; 'b' .* 'c' [^;]*$")):
+        released[0].save_pretrained(tmp_path)
+        tensors = {**read_safetensors(path), **change}
+        write_safetensors(path, {k: v for k, v in tensors.items() if v is not None})
+        with pytest.raises(RuntimeError, match=r"model\.safetensors does not fit config.json " + message):
+            VTP.from_pretrained(str(tmp_path))
     for where in ("./nowhere", str(tmp_path / "missing"), "notahubid"):
         with pytest.raises(FileNotFoundError, match="nowhere|missing|notahubid"):
             VTP.from_pretrained(where)
+
+
+@pytest.mark.parametrize("changes", [
+    dict(vision_depth=2 ** 18), dict(text_vocab_size=2 ** 18), dict(vision_mlp_ratio=1e5),
+    dict(vision_embed_dim=2 ** 18, decoder_embed_dim=2 ** 18, text_embed_dim=2 ** 18),
+    dict.fromkeys(("image_size", "vision_patch_size", "vision_embed_dim"), 2 ** 18)
+    | dict(train_reconstruction=False)])
+def test_a_config_far_larger_than_its_weights_is_an_error_before_memory_is_taken(tmp_path, changes):
+    VTP(micro_config()).save_pretrained(tmp_path)  # with the changes, up to 216 PB
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, **changes}))
+    with pytest.raises(RuntimeError, match=r"model\.safetensors (does not fit|has \d+ tensors,)"):
+        VTP.from_pretrained(str(tmp_path))
+
+
+def test_loading_draws_nothing(micro_model):
+    """What a seed gives after it does not depend on the tokenizer's size."""
+    before = torch.get_rng_state()
+    VTP.from_pretrained(micro_model)
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_hub_id_is_downloaded_once_and_atomically(tmp_path, monkeypatch, released):
