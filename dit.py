@@ -172,13 +172,14 @@ class DiT(nn.Module):
     def from_lightningdit(cls, where):
         """From the path of LightningDiT's or train_dit.py's checkpoint (EMA), or a state dict, strictly."""
         state, sizes = read_lightningdit(where)
-        model = cls(**sizes)
+        model, name = cls(**sizes), "the state dict" if isinstance(where, dict) else where
         try:
             model.load_state_dict(state)
         except RuntimeError as error:
-            name = "the state dict" if isinstance(where, dict) else where
             raise ValueError(f"{name} is not the paper's variant of LightningDiT (RoPE, RMSNorm, SwiGLU, "
                              f"shifted adaLN, with QK-norm or without): {error}") from None
+        if broken := [k for k, x in model.state_dict().items() if not x.isfinite().all()]:
+            raise ValueError(f"{name}: {broken[0]} holds NaN or infinity")
         return model
 
 

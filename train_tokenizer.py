@@ -382,7 +382,10 @@ def build_state(args, config, device):
 def load_init(model, args):
     """--init: the weights of a model that may have other parts, and a line that says which."""
     path = os.path.join(find_checkpoint(args.init), "model.safetensors")
-    missing, unused = model.load_state_dict(read_safetensors(path), strict=False)
+    try:
+        missing, unused = model.load_state_dict(read_safetensors(path), strict=False)
+    except RuntimeError as error:
+        raise UserError(f"{path} does not fit the model: {str(error)[:300]}") from error
     for names, what in ((missing, "new: --init lacks them"), (unused, "left out: no objective trains them")):
         if names and rank() == 0:
             print(f"{len(names)} tensors are {what} ({', '.join(sorted({n.split('.')[0] for n in names}))})")

@@ -50,6 +50,10 @@ def denormalize(images):
     return images * _per_channel(IMAGENET_STD, images) + _per_channel(IMAGENET_MEAN, images)
 
 
+class UserError(RuntimeError):
+    """What whoever runs a script can mend: it ends with this message alone."""
+
+
 # ----- Configuration --------------------------------------------------------------------------------------
 
 MAX_FIELD = 2 ** 18  # above any number in use; three such sizes are multiplied, and must fit in 63 bits
@@ -537,14 +541,14 @@ class VTP(nn.Module):
 
     @classmethod
     def from_pretrained(cls, where):
-        """From a folder or a hub id. FileNotFoundError; ValueError: broken; RuntimeError: does not fit."""
+        """From a folder or a hub id. FileNotFoundError; ValueError: broken; UserError: does not fit."""
         folder = find_checkpoint(where)
         config, path = read_config(folder), Path(folder, "model.safetensors")
         tensors = read_safetensors(path)
         n_blocks = (config.vision_depth + config.train_reconstruction * config.decoder_depth
                     + config.train_clip * config.text_depth)
         if n_blocks > len(tensors):  # to build too many would take hours, even on "meta"
-            raise RuntimeError(f"{path} has {len(tensors)} tensors, config.json asks for {n_blocks} blocks")
+            raise UserError(f"{path} has {len(tensors)} tensors, config.json asks for {n_blocks} blocks")
         with torch.device("meta"):  # no memory, whatever the config asks for, and no initial values
             model = cls(config)
         describe = lambda tensors: {name: f"{'' if t.is_floating_point() else t.dtype}{list(t.shape)}"
@@ -553,7 +557,7 @@ class VTP(nn.Module):
         if wrong := sorted({name for name, _ in ours.items() ^ theirs.items()}):
             some = (f"{name!r} is {theirs.get(name, 'missing')}, not {ours.get(name, 'known')}"
                     for name in wrong[:3])
-            raise RuntimeError(f"{path} does not fit config.json in {len(wrong)} tensors: {'; '.join(some)}")
+            raise UserError(f"{path} does not fit config.json in {len(wrong)} tensors: {'; '.join(some)}")
         model.to_empty(device=torch.get_default_device()).load_state_dict(tensors)
         return model
 
@@ -646,10 +650,6 @@ def write_safetensors(path, tensors):
     text += b" " * (-len(text) % 8)
     data = (t.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy() for _, t in tensors)
     write_atomically(path, lambda f: f.writelines((len(text).to_bytes(8, "little"), text, *data)))
-
-
-class UserError(RuntimeError):
-    """What whoever runs a script can mend: it ends with this message alone."""
 
 
 def write_atomically(path, write, n_bytes=0):
