@@ -1083,8 +1083,8 @@ def test_two_ranks_measure_the_same(evaluated):
     one, two = results(evaluated / "tok" / "evaluation"), results(evaluated / "two")
     assert one.keys() == two.keys()
     for name, value in one.items():
-        # In batches of another size RoPE's bfloat16 rounds otherwise here and there: figures move as above, and
-        # in a share of 24 images or 12 samples one may change sides.
+        # In batches of another size RoPE's bfloat16 rounds otherwise here and there: figures move as above,
+        # and in a share of 24 images or 12 samples one may change sides.
         if name in ("psnr", "ssim"):
             same = pytest.approx(value, abs=2e-3)
         elif name in ("rfid", "gfid", "inception_score"):
