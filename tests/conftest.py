@@ -1,5 +1,5 @@
-"""What the tests share: where fixtures lie, a model small enough for a second of training, running a script
-on ranks."""
+"""What the tests share: where fixtures lie, how near numbers of two CPUs can be, a model small enough for a
+second of training, running a script on ranks."""
 import os
 import subprocess
 import sys
@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from vtp import VTP, VTPConfig
+from vtp import VTP, RopeEmbedding, VTPConfig
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(HERE)
@@ -19,13 +19,41 @@ SHARED = os.path.join(os.path.dirname(ROOT), "shared")
 def pytest_configure(config):
     config.addinivalue_line("markers", "gpu: needs a CUDA device; skipped without one")
     # the models are tiny, and threads that wait for each other cost more than they help
-    torch.set_num_threads(1)
+    torch.set_num_threads(int(os.environ.setdefault("OMP_NUM_THREADS", "1")))
 
 
 def pytest_collection_modifyitems(items):
     for item in items:
         if "gpu" in item.keywords and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+# Two CPUs sum in different orders. A sum of n products of order 1 then differs by sqrt(n) 2^-24 of its size,
+# 2e-6 at n = 768; through a model's 20 such layers, on values of up to 4, by up to 1e-4.
+FP32 = dict(atol=1e-4, rtol=1e-4)
+
+
+def assert_close_but_for_roundings(ours, expected, stored=False, name=""):
+    """What two CPUs may make of one model whose RoPE rounds q and k to bfloat16, and nothing more.
+
+    An error of 2e-6 in q or k turns a rounding, of 2^-8, with a chance of 2e-6 / 2^-8, thrice for each value:
+    a share of 1.5e-3. If all turned, outputs would move by 2^-8 of their size, so they move by sqrt(1.5e-3)
+    of that, 1.5e-4, on average. One output may move more: a q of 4 that turns by 1/64, against a k of 4, in a
+    head 32 wide, moves a score by 1e-2. stored: one of the two was also rounded to bfloat16.
+    """
+    error, size = (ours - expected).detach().float().abs(), expected.detach().float().std()
+    rounded = 2 ** -8 if stored else 0.0
+    torch.testing.assert_close(ours.detach(), expected.detach(), atol=1e-2 * size.item(), rtol=rounded,
+                               check_dtype=False, msg=lambda m: f"{name}: {m}")
+    assert error.mean() <= (2e-4 + rounded / 2) * size, f"{name}: {error.mean() / size:.1e} on average"
+
+
+@pytest.fixture
+def rotation_in_fp32(monkeypatch):
+    """RoPE's tables keep bfloat16's values, but q and k are rotated in fp32."""
+    tables = RopeEmbedding.forward
+    monkeypatch.setattr(RopeEmbedding, "forward",
+                        lambda *args, **kwargs: tuple(t.float() for t in tables(*args, **kwargs)))
 
 
 def micro_config(**changes):
@@ -55,8 +83,6 @@ def run_script(arguments, n_ranks=1, timeout=300, check=True):
     if n_ranks > 1:
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n_ranks}"]
     command = [sys.executable, *launcher, *map(str, arguments)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, timeout=timeout,
-                          capture_output=True, text=True)
+    done = subprocess.run(command, cwd=ROOT, timeout=timeout, capture_output=True, text=True)
     assert not check or done.returncode == 0, done.stdout + done.stderr
     return done

@@ -14,7 +14,7 @@ import data
 import dit
 import evaluate
 import train_dit
-from conftest import FIXTURES, HERE, ROOT, run_script
+from conftest import FIXTURES, FP32, HERE, ROOT, assert_close_but_for_roundings, run_script
 from dit import (DIT_SIZES, DiT, flow_loss, flow_path, generate, guide, integrate, noise_and_labels,
                  sample, time_grid)
 from test_data import sample as tar_sample
@@ -60,11 +60,11 @@ def record_batch_sizes(model, monkeypatch):
     return sizes
 
 
-# The bound 1e-4 is the project's for fp32 on another CPU; 1e-6 is what this one gives.
+# LightningDiT rotates in fp32, so that recorded numbers hold to fp32's rounding on any CPU.
 def test_forward_is_lightningdits(released):
     model, expected = released
     out = model(expected["x"], expected["t"], expected["y"])
-    torch.testing.assert_close(out, expected["out"], atol=1e-4, rtol=0)
+    torch.testing.assert_close(out, expected["out"], **FP32)
 
 
 def test_guidance_on_three_channels_is_the_authors(released):
@@ -72,10 +72,10 @@ def test_guidance_on_three_channels_is_the_authors(released):
     x = expected["cfg_z"][:2]
     out = model(torch.cat((x, x)), expected["cfg_t"], expected["cfg_y"])
     guided = guide(*out.chunk(2), 1.7, 3)
-    torch.testing.assert_close(guided, expected["cfg_out"][:2], atol=1e-4, rtol=0)
+    torch.testing.assert_close(guided, expected["cfg_out"][:2], **FP32)
     # below the interval: the conditional branch alone
     off = model(x, torch.full((2,), 0.05), expected["cfg_y"][:2])
-    torch.testing.assert_close(off, expected["cfg_off_out"][:2], atol=1e-4, rtol=0)
+    torch.testing.assert_close(off, expected["cfg_off_out"][:2], **FP32)
 
 
 def test_a_fresh_model_has_the_fixed_tables_and_names_of_lightningdit(released):
@@ -101,7 +101,7 @@ def test_patches_of_two_go_back_to_their_places():
     tokens = torch.nn.functional.unfold(x, 2, stride=2).transpose(1, 2)
     proj = model.x_embedder.proj
     patches = model.x_embedder(x).flatten(2).transpose(1, 2)
-    torch.testing.assert_close(patches, tokens @ proj.weight.flatten(1).T + proj.bias)
+    torch.testing.assert_close(patches, tokens @ proj.weight.flatten(1).T + proj.bias, **FP32)
     with torch.no_grad():        # an output that is constant for each place in a patch
         model.final_layer.linear.weight.zero_()
         model.final_layer.linear.bias.copy_(torch.arange(12.0))
@@ -303,8 +303,7 @@ def test_heun_of_the_sizes_b_is_as_exact_as_dopri5(micro_model, tmp_path):
 
 
 def test_sampling_is_the_plain_loop(released):
-    """Sharing embeddings and modulations over samples and steps changes nothing: exact to
-    rounding."""
+    """Sharing embeddings and modulations over samples and steps changes nothing but rounding."""
     model, expected = released
     x, y = expected["x"], torch.tensor([3, 3, 9, 0])
     times = time_grid(5, 0.3)
@@ -315,7 +314,7 @@ def test_sampling_is_the_plain_loop(released):
             conditional, unconditional = model(plain, t, y), model(plain, t, torch.full_like(y, 10))
             plain = plain + (b - a) * guide(conditional, unconditional, 2.5, 3)
     sampled = sample(model, x, y, 5, "euler", 0.3, 2.5, channels=3)
-    torch.testing.assert_close(sampled, plain, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(sampled, plain, **FP32)
 
 
 def test_guidance_of_one_is_none_and_computes_no_null_branch(released, monkeypatch):
@@ -326,7 +325,7 @@ def test_guidance_of_one_is_none_and_computes_no_null_branch(released, monkeypat
     branches = sample(model, expected["x"], expected["y"], 5, guidance=1.0 + 1e-9)
     assert sizes[4:] == [8] * 4
     # fp32 in batches of another size
-    torch.testing.assert_close(one, branches, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(one, branches, **FP32)
 
 
 @pytest.mark.parametrize("method", dit.METHODS)
@@ -346,7 +345,7 @@ def test_skipping_the_interval_equals_computing_and_discarding(released, monkeyp
     with torch.no_grad():
         discarded = integrate(velocity_of_both, x, times, method, jumps={3, 7})
     # fp32 in batches of another size
-    torch.testing.assert_close(skipped, discarded, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(skipped, discarded, **FP32)
 
 
 def test_an_images_noise_and_label_are_its_own():
@@ -405,14 +404,14 @@ def test_cached_latents_are_fresh_ones(micro_model, tmp_path):
     cache = LatentCache(str(tmp_path / "c"), dict(data=source.fingerprint()))
     assert cache.latent_shape == (16, 4, 4) and cache.class_names == source.class_names
     images = torch.from_numpy(source.images)
-    seen, tolerance = [], 2 ** -8       # bf16 keeps 8 bits
+    seen = []
     for step in range(5):        # an epoch, in an order of its own
         latents, labels = cache.batch(step, 8, seed=3)
         order = data.permutation(3, 0, 40)[8 * step:8 * step + 8]
         seen += order.tolist()
         for part, view in ((latents[:, 0], images[order]), (latents[:, 1], images[order].flip(-1))):
             fresh = train_dit.encode(model, CPU, view)
-            torch.testing.assert_close(part.float(), fresh, atol=tolerance * 0.1, rtol=tolerance)
+            assert_close_but_for_roundings(part.float(), fresh, stored=True)
         assert torch.equal(labels, torch.from_numpy(source.labels[order]))
     assert sorted(seen) == list(range(40))
     everything = train_dit.encode(model, CPU, images)
@@ -461,8 +460,7 @@ def test_two_ranks_write_the_cache_of_one(micro_model, tmp_path):
     assert np.array_equal(one.labels, two.labels) and one.skipped == two.skipped
     stored = (torch.from_numpy(np.array(cache.latents)) for cache in (one, two))
     a, b = (latents.view(torch.bfloat16).float() for latents in stored)
-    # another batch size may round the last bit
-    torch.testing.assert_close(a, b, atol=1e-3, rtol=2 ** -7)
+    assert_close_but_for_roundings(a, b, stored=True)     # in batches of another size
 
 
 def test_a_stale_cache_is_an_error_that_names_what_differs(micro_model, tmp_path):
@@ -569,7 +567,7 @@ def test_two_ranks_train_as_one(micro_model, finished):
     # near 0 into +-lr: 1e-3 of the loss
     np.testing.assert_allclose(losses_of(out), losses_of(finished), rtol=1e-3)
     # the first row is of two steps, before differences have fed back
-    np.testing.assert_allclose(losses_of(out)[0], losses_of(finished)[0], rtol=1e-5)
+    np.testing.assert_allclose(losses_of(out)[0], losses_of(finished)[0], rtol=FP32["rtol"])
 
 
 def test_samples_do_not_depend_on_ranks_and_resume(finished):
@@ -733,14 +731,14 @@ def test_without_a_tokenizer_the_message_says_what_to_run_first(tmp_path, monkey
 
 
 def test_the_judge_learns_and_is_cached(tmp_path):
-    """On two classes that differ plainly, a few steps are enough for it to be right far above
-    chance."""
+    """On two classes that differ plainly, 40 steps are enough for it to be right far above chance (20
+    were not with every CPU's kernels)."""
     source = data.BuiltinSource(200, 64)
     source.labels = (np.arange(200) % 2).astype(np.int64)
     brightness = np.where(source.labels == 1, 200, 60).astype(np.uint8)
     source.images[:] = brightness[:, None, None, None]
     images, labels = torch.from_numpy(source.images), torch.from_numpy(source.labels)
-    judge = evaluate.train_judge(images, labels, 2, CPU, n_steps=20, batch_size=16)
+    judge = evaluate.train_judge(images, labels, 2, CPU, n_steps=40, batch_size=16)
     assert judge.accuracy > 0.9
     path = str(tmp_path / "judge.pt")
     torch.save(dict(judge=judge.state_dict(), accuracy=judge.accuracy,

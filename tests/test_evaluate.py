@@ -18,7 +18,7 @@ from PIL import Image, ImageColor
 
 import data
 import evaluate
-from conftest import micro_config, run_script
+from conftest import FP32, assert_close_but_for_roundings, micro_config, run_script
 from data import TEMPLATES, byte_tokenizer, permutation, step_generator
 from evaluate import (ImageSet, InceptionFID, frechet_distance, inception_score, load_statistics,
                       mean_and_covariance, plot_runs, precision_recall, psnr,
@@ -559,7 +559,8 @@ def test_reconstruction_picture_has_inputs_above_reconstructions_in_two_double_r
     with torch.no_grad():
         decoded = model.decode(model.encode(normalize(images[5:6].float() / 255)))
     expected = (denormalize(decoded)[0].clamp(0, 1) * 255).permute(1, 2, 0).numpy()
-    np.testing.assert_allclose(below, expected, atol=0.6)      # rounded to 8 bits
+    # rounded to 8 bits; in a batch of another size RoPE's bfloat16 may round otherwise, by up to 1e-2
+    np.testing.assert_allclose(below, expected, atol=0.5 + 1e-2 * 255 * 0.229)
 
 
 def test_pca_picture_has_each_row_of_images_above_its_colours(model, images):
@@ -781,7 +782,7 @@ def test_zero_shot_equals_a_loop_over_classes_and_templates(model):
 def test_class_embeddings_do_not_depend_on_the_size_of_a_batch(model):
     arguments = (model, ["cat", "dog", "tree"], TEMPLATES, byte_tokenizer)
     whole, parts = evaluate.class_embeddings(*arguments), evaluate.class_embeddings(*arguments, batch_size=5)
-    torch.testing.assert_close(parts, whole)      # default tolerance: float32 products of another shape
+    torch.testing.assert_close(parts, whole, **FP32)      # products of another shape
 
 
 def test_zero_shot_refuses_labels_without_a_name_and_templates_without_a_place(model):
@@ -961,13 +962,15 @@ def test_measure_leaves_out_what_has_no_label_and_what_the_model_cannot_do(model
     latents = model.encode(normalize(x))
     mine, theirs = (latents.mean(dim=(2, 3))[part] for part in (slice(12, None), slice(12)))
     train_x, train_labels, test_x, test_labels, seed = probed[0]
-    torch.testing.assert_close(train_x, mine[labels.roll(1) >= 0])
-    torch.testing.assert_close(test_x, theirs[labels >= 0])
+    # in batches of another size
+    assert_close_but_for_roundings(train_x, mine[labels.roll(1) >= 0])
+    assert_close_but_for_roundings(test_x, theirs[labels >= 0])
     assert train_labels == test_labels == [0, 1, 2] * 3 and seed == 4
     assert row["chance"] == pytest.approx(1 / 3)
     pixels = denormalize(model.decode(latents[:12])).clamp(0, 1)
-    torch.testing.assert_close(test["psnr"], psnr(pixels, x[:12]))
-    assert row["ssim"] == pytest.approx(ssim(pixels, x[:12]).mean().item(), rel=1e-5)      # a float32 mean
+    # pixels that move by 1.5e-4 of their size on average, as RoPE rounds, move 10 dB by at most 1e-3 dB
+    torch.testing.assert_close(test["psnr"], psnr(pixels, x[:12]), atol=2e-3, rtol=0)
+    assert row["ssim"] == pytest.approx(ssim(pixels, x[:12]).mean().item(), abs=1e-3)
     # 12 captions of which 0 and 1 come three times, the others twice
     assert row["retrieval_chance"] == pytest.approx((2 * 9 + 3 * 4) / 144)
     unlabelled = torch.full((12,), -1)
@@ -1068,9 +1071,10 @@ def test_the_commands_figures_are_those_of_the_functions(evaluated):
     in_8_bits = (images, (reconstructions * 255).byte())
     features = [judge(x.float() / 255)[0].double().numpy() for x in in_8_bits]
     real, made = ((f.mean(axis=0), np.cov(f.T)) for f in features)
-    assert row["psnr"] == pytest.approx(psnr(reconstructions, images / 255).mean().item(), rel=1e-4)
-    # fp32 features of another batch size
-    assert row["rfid"] == pytest.approx(frechet_distance(*real, *made), rel=1e-3, abs=1e-6)
+    # as above: 1e-3 dB
+    assert row["psnr"] == pytest.approx(psnr(reconstructions, images / 255).mean().item(), abs=2e-3)
+    # a pixel that moves by 1.5e-4 of its size becomes another of 8 bits, by 1/255, in one case of 100
+    assert row["rfid"] == pytest.approx(frechet_distance(*real, *made), rel=1e-2, abs=1e-6)
 
 
 def test_two_ranks_measure_the_same(evaluated):
@@ -1079,8 +1083,15 @@ def test_two_ranks_measure_the_same(evaluated):
     one, two = results(evaluated / "tok" / "evaluation"), results(evaluated / "two")
     assert one.keys() == two.keys()
     for name, value in one.items():
-        same = value if isinstance(value, str) else pytest.approx(value, rel=1e-4, abs=1e-6)
-        assert two[name] == same, name      # sums in another order
+        # In batches of another size RoPE's bfloat16 rounds otherwise here and there: figures move as above,
+        # and in a share of 24 images or 12 samples one may change sides.
+        if name in ("psnr", "ssim"):
+            same = pytest.approx(value, abs=2e-3)
+        elif name in ("rfid", "gfid", "inception_score"):
+            same = pytest.approx(value, rel=1e-2, abs=1e-6)
+        else:
+            same = value if isinstance(value, str) else pytest.approx(value, abs=1 / 12)
+        assert two[name] == same, name
 
 
 def test_samples_own_images_and_plots(evaluated):
