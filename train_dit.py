@@ -131,14 +131,15 @@ def read_settings(argv=None):
     parser = make_parser()
     if parser.parse_args(argv).sample is None:
         args = parser.read(argv)
-        if args.eval_samples is None:
-            args.eval_samples = 500 if args.data is None else 0
-        check_training(args)
     else:
         parser.set_defaults(tokenizer=None, precision=None)     # to see what was given
         args = parser.parse_args(argv)
         follow_run(args)
     parser.complete(args, kind=args.model.split("/")[0])
+    if args.sample is None:
+        if args.eval_samples is None:
+            args.eval_samples = 500 if args.data is None else 0
+        check_training(args)
     if args.steps < 2:
         raise ValueError(f"--steps {args.steps}: a time grid has at least 2 points")
     check_paths(args, ("data",), ("classnames", "latents_stats"))

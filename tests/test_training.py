@@ -1,11 +1,17 @@
 """The training script: what a step computes, counted FLOPs, exact resume, ranks that change nothing, steps
 that are not finite, the command line, files."""
 import copy
+import errno
 import glob
 import json
 import math
 import os
+import shutil
+import signal
+import subprocess
+import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +20,7 @@ import data
 import evaluate
 import train_dit
 import train_tokenizer as train
+import vtp
 from conftest import ROOT, run_script
 from losses import LPIPS
 from test_data import sample, write_tar
@@ -428,11 +435,12 @@ def test_a_killed_run_resumes_bit_for_bit(micro_model, tmp_path, monkeypatch, ca
         assert [row["step"] for row in measures] == [0, 6, 12]
         assert set(measures[-1]) == {
             "kind", "step", "samples", "flops", "psnr", "ssim", "image_to_text", "text_to_image",
-            "retrieval_chance", "linear_probe", "linear_probe_balanced", "linear_probe_rate", "knn", "chance"}
+            "retrieval_chance", "linear_probe", "linear_probe_balanced", "linear_probe_rate", "knn", "chance",
+            "n_val"}
         assert glob.glob(str(cut / "reconstructions_*.png"))
     capsys.readouterr()
-    another_run, not_the_same = ["--init", micro_model, *FAST], ["--resume", "--lr", "0.5"]
-    for more, words in ((another_run, "is not empty"), (not_the_same, "--lr (was ")):
+    another_run, not_the_same = ["--init", micro_model, *FAST], ["--resume", "--seed", "5"]
+    for more, words in ((another_run, "is not empty"), (not_the_same, "--seed (was ")):
         with pytest.raises(SystemExit) as stop:
             train.read_settings(["--out", str(cut), *more])
         assert stop.value.code == 2 and words in capsys.readouterr().err
@@ -607,7 +615,7 @@ def test_init_names_what_is_new_and_what_is_left_out(micro_model, tmp_path, caps
     (["--model", "small", "--batch_size", "-4"], "--batch_size: -4: must be positive"),
     (["--lpips", "/nowhere"], "lpips"),
     (["--init", "/nowhere/at/all"], "nowhere"),
-    (["--resume"], "checkpoint"),
+    (["--resume"], "no run.json"),
     (["--classnames", "/nowhere"], "classnames"),
     (["--canvas", "-1"], "--canvas: -1: must be positive"),
     (["--image_size", "40"], "40"),
@@ -646,21 +654,182 @@ def test_help_teaches(capsys):
         assert action.help and action.option_strings[-1] in text
 
 
-def test_a_checkpoint_is_replaced_whole_or_not_at_all(micro_model, tmp_path, monkeypatch):
-    _, _, state, _ = setting(micro_model, tmp_path / "o")
-    path = str(tmp_path / "c.pt")
-    place = dict(batches=1, readers={0: dict(visit=0, skipped={"no image": 1})})
-    train.save_checkpoint(path, state, 1, 1e9, place)
-    assert train.load_checkpoint(path, state, torch.device("cpu")) == (1, 1e9, place)
-    before = open(path, "rb").read()
+def saving_to(path):
+    return train.Saving(str(path), every=1)
 
-    def full_disk(content, f):
+
+def test_a_checkpoint_is_replaced_whole_or_not_at_all(micro_model, tmp_path, monkeypatch, capsys):
+    """A disk that is full costs a checkpoint, not the run; at its end it is an error of one line."""
+    _, _, state, _ = setting(micro_model, tmp_path / "o")
+    saving = saving_to(tmp_path / "c.pt")
+    place = dict(batches=1, readers={0: dict(visit=0, skipped={"no image": 1})})
+    train.save_checkpoint(saving, state, 1, False, 1e9, place)
+    assert train.load_checkpoint(saving.path, state, torch.device("cpu")) == (1, 1e9, place)
+    before, real = open(saving.path, "rb").read(), torch.save
+
+    def full_disk(content, f):      # torch's own writer turns the reason into a RuntimeError
         f.write(b"half a checkpoint")
-        raise OSError("no space left")
+        try:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        except OSError as error:
+            raise RuntimeError("PytorchStreamWriter failed writing file") from error
     monkeypatch.setattr(torch, "save", full_disk)
-    with pytest.raises(OSError):
-        train.save_checkpoint(path, state, 2, 1e9, place)
-    assert open(path, "rb").read() == before and os.listdir(tmp_path) == ["c.pt"]
+    train.save_checkpoint(saving, state, 2, False, 1e9, place)
+    printed = capsys.readouterr().out
+    n_bytes = sum(t.nbytes for t in everything_in(state))
+    for words in ("step 2", "goes on", "No space left", "c.pt", f"{n_bytes:,} bytes needed"):
+        assert words in printed
+    assert open(saving.path, "rb").read() == before and os.listdir(tmp_path) == ["c.pt"]
+    with pytest.raises(OSError, match="No space left.*bytes needed.*c.pt"):
+        train.save_checkpoint(saving, state, 3, True, 1e9, place)
+    monkeypatch.setattr(torch, "save", real)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=1000))
+    with pytest.raises(OSError, match="No space left"):      # known before anything is written
+        train.save_checkpoint(saving, state, 3, True, 1e9, place)
+
+
+def test_a_broken_checkpoint_is_named(micro_model, tmp_path):
+    _, _, state, _ = setting(micro_model, tmp_path / "o")
+    saving = saving_to(tmp_path / "c.pt")
+    train.save_checkpoint(saving, state, 1, False, 1e9)
+    whole = open(saving.path, "rb").read()
+    torch.save({"model": {}}, tmp_path / "other.pt")
+    for content in (b"", whole[:1000], whole[:-50], open(tmp_path / "other.pt", "rb").read()):
+        (tmp_path / "c.pt").write_bytes(content)
+        with pytest.raises(ValueError, match="c.pt"):
+            train.load_checkpoint(saving.path, state, torch.device("cpu"))
+
+
+def test_what_is_not_finite_is_not_saved(micro_model, tmp_path, capsys):
+    """Not its weights, and not the end of a run whose last step was not finite."""
+    args, _, state, views = setting(micro_model, tmp_path / "o")
+    saving = saving_to(tmp_path / "c.pt")
+    train.save_checkpoint(saving, state, 1, False, 1e9)
+    before = open(saving.path, "rb").read()
+    train.set_schedules(state, 0, 10)
+    broken = views(0)
+    broken["images"] = broken["images"] * math.inf
+    train.train_step(state, broken)
+    train.save_checkpoint(saving, state, 2, False, 1e9)
+    assert "last step was not finite" in capsys.readouterr().out
+    with pytest.raises(train.UserError, match="last step was not finite at step 2.*--resume --lr"):
+        train.save_checkpoint(saving, state, 2, True, 1e9)
+    train.train_step(state, views(1))
+    with torch.no_grad():
+        state.teacher["trunk"].cls_token[0, 0, 0] = math.nan
+    with pytest.raises(train.UserError, match="weights are not finite at step 3"):
+        train.save_checkpoint(saving, state, 3, False, 1e9)
+    assert open(saving.path, "rb").read() == before
+
+
+def test_a_run_that_is_not_finite_says_how_to_go_on_and_does(micro_model, tmp_path, capsys):
+    """--lr 1e20 makes the second step infinite; with another rate --resume goes on, and run.json says so."""
+    out = str(tmp_path / "o")
+    common = ["--init", micro_model, *FAST, "--samples", "8", "--warmup", "0", *AUTOENCODER, "--out", out]
+    with pytest.raises(SystemExit) as stop:
+        train.main([*common, "--lr", "1e20", "--checkpoint_every", "2"])
+    error = capsys.readouterr().err.rpartition("error: ")[2]
+    assert stop.value.code == 2 and "not finite" in error and error.count("\n") == 1
+    assert "from the start" in error and not {"tokenizer", "checkpoint.pt"} & set(os.listdir(out))
+    train.main(["--out", out, "--resume", "--lr", "1e-4"])
+    record = json.load(open(os.path.join(out, "run.json")))
+    assert record["arguments"]["lr"] == 1e-4 and record["before"]["arguments"]["lr"] == 1e20
+    assert record["before"]["until_step"] == 0 and VTP.from_pretrained(out)
+
+
+def test_a_run_that_died_before_its_first_checkpoint_starts_anew(micro_model, tmp_path, monkeypatch, capsys):
+    """--resume does it, and so does the same command while there is no run.json."""
+    out = tmp_path / "o"
+    common = ["--init", micro_model, *FAST, *AUTOENCODER, "--samples", "8", "--out", str(out)]
+    kill_at(1, monkeypatch, common)
+    assert not (out / "checkpoint.pt").exists() and (out / "run.json").exists()
+    (out / "metrics.jsonl.123.tmp").write_text("left by a kill")
+    with pytest.raises(SystemExit):
+        train.read_settings(common)
+    assert "--resume starts it anew" in capsys.readouterr().err
+    vtp._claimed.clear()        # as another process has it
+    train.main(["--out", str(out), "--resume"])
+    steps = [(row["kind"], row["step"]) for row in evaluate.read_metrics(str(out))]
+    assert len(set(steps)) == len(steps) and steps[-1][1] == 2
+    assert not [name for name in os.listdir(out) if name.endswith(".tmp")]
+    early = tmp_path / "early"
+    early.mkdir()
+    for name in (".lock", "run.json.77.tmp"):
+        (early / name).touch()
+    assert parse(early).out == str(early)
+
+
+def test_two_processes_cannot_have_one_folder(micro_model, tmp_path):
+    """The second is told so, before it writes anything; when the first has ended, even killed, it may."""
+    claim = f"import sys, time; sys.path.insert(0, {ROOT!r}); import vtp; vtp.claim_folder({str(tmp_path)!r})\n"
+    first = subprocess.Popen([sys.executable, "-c", claim + "print('mine', flush=True); time.sleep(60)"],
+                             stdout=subprocess.PIPE)
+    assert first.stdout.readline() == b"mine\n"
+    common = ["train_tokenizer.py", "--init", micro_model, *FAST, *AUTOENCODER, "--samples", "8",
+              "--out", tmp_path]
+    done = run_script(common, check=False)
+    assert done.returncode == 2 and "in use by another process" in done.stderr
+    assert done.stderr.count("\n") == 1 and os.listdir(tmp_path) == [".lock"]
+    first.kill()
+    first.wait()
+    run_script(common)
+
+
+SLOW_STEPS = """
+import sys, time; sys.path.insert(0, {root!r})
+import train_tokenizer
+step = train_tokenizer.train_step
+train_tokenizer.train_step = lambda *arguments: (time.sleep(.2), step(*arguments))
+train_tokenizer.main()
+"""
+
+
+@pytest.mark.parametrize("number, n_ranks", [(signal.SIGINT, 1), (signal.SIGTERM, 1), (signal.SIGTERM, 2)])
+def test_a_signal_ends_a_run_after_its_step_with_a_checkpoint(micro_model, tmp_path, number, n_ranks):
+    """Loader processes get it, too, and serve on. The run goes on to the end that it would have had."""
+    common = ["--init", micro_model, *FAST, *AUTOENCODER, "--samples", "160", "--eval_samples", "8",
+              "--workers", "1"]
+    script, out, whole = tmp_path / "script.py", tmp_path / "cut", tmp_path / "whole"
+    script.write_text(SLOW_STEPS.format(root=ROOT))
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"] if n_ranks == 2 else []
+    process = subprocess.Popen([sys.executable, *launcher, script, *common, "--out", out],
+                               env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, text=True,
+                               stderr=subprocess.DEVNULL, start_new_session=True)
+    metrics = out / "metrics.jsonl"
+    while not (metrics.exists() and '"train"' in metrics.read_text()):
+        assert process.poll() is None
+        time.sleep(0.1)
+    os.killpg(process.pid, number)
+    printed, _ = process.communicate(timeout=60)
+    assert "stopped after step" in printed and "--resume" in printed
+    assert process.returncode != 0 and (n_ranks > 1 or process.returncode == 128 + number)
+    step = torch.load(out / "checkpoint.pt", weights_only=True)["step"]
+    assert 0 < step < 40 and f"stopped after step {step}," in printed
+    if number == signal.SIGTERM:
+        run_script(["train_tokenizer.py", "--out", out, "--resume"], n_ranks)
+        run_script(["train_tokenizer.py", *common, "--out", whole], n_ranks)
+        assert rows_of(out, "train", "loss") == rows_of(whole, "train", "loss")
+
+
+def test_no_checkpoint_is_older_than_fifteen_minutes(monkeypatch):
+    clock = [1000.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    saving = train.Saving("nowhere", every=10)
+    assert saving.is_due(10, True, False) and saving.is_due(7, False, True)
+    clock[0] += 899
+    assert not saving.is_due(11, True, False)
+    clock[0] += 2
+    assert saving.is_due(11, True, False)
+
+
+def test_an_error_is_one_line_on_stderr_by_rank_0(micro_model, tmp_path):
+    done = run_script(["train_tokenizer.py", "--lr", "fast"], check=False)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and done.stdout == ""
+    assert done.stderr.startswith("train_tokenizer.py: error: argument --lr")
+    done = run_script(["train_tokenizer.py", "--init", micro_model, "--data", "/nowhere/{0,1}.tar",
+                       "--out", tmp_path / "o"], n_ranks=2, check=False)
+    assert done.returncode != 0 and done.stderr.count("error: no data at /nowhere/0.tar") == 1
+    assert "/train_tokenizer.py\", line" not in done.stderr        # no traceback of ours
 
 
 # ----- CUDA -----------------------------------------------------------------------------------------------
