@@ -397,6 +397,9 @@ class PartReader(torch.utils.data.IterableDataset):
 
 def finish_cache(folder, source, max_skipped, skipped):
     """Check the labels, and write statistics of the latents of up to 10,000 images (the authors)."""
+    stats = os.path.join(folder, "latents_stats.pt")
+    with contextlib.suppress(FileNotFoundError):        # a broken one
+        os.remove(stats)
     cache = LatentCache(folder)
     n_unusable = int((cache.labels == UNUSABLE).sum())
     if n_unusable > max_skipped * len(cache.labels):
@@ -408,7 +411,7 @@ def finish_cache(folder, source, max_skipped, skipped):
     some = cache.rows[np.linspace(0, len(cache) - 1, min(len(cache), 10_000)).astype(np.int64)]
     x = cache.latents_at(some)[:, 0].double()
     std, mean = torch.std_mean(x, dim=(0, 2, 3), keepdim=True)
-    write_stats(os.path.join(folder, "latents_stats.pt"), mean, std)
+    write_stats(stats, mean, std)
 
 
 def write_stats(path, mean, std):

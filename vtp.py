@@ -717,8 +717,7 @@ def load_tensors(path, map_location="cpu"):
     except (FileNotFoundError, PermissionError):
         raise
     except Exception as error:              # on broken bytes torch raises almost anything
-        reason = str(error).partition("\n")[0]
-        raise ValueError(f"{path} is no file of torch.save, or broken ({reason})") from error
+        raise ValueError(f"{path} is no file of torch.save, or broken ({type(error).__name__})") from error
 
 
 def download(url, path, sha256="", check=None):

@@ -1,8 +1,10 @@
 """The DiT against the authors' numbers, flow matching and the samplers against closed forms, the
 latent cache, train_dit.py."""
+import json
 import math
 import os
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -14,14 +16,15 @@ import data
 import dit
 import evaluate
 import train_dit
-from conftest import FIXTURES, FP32, HERE, ROOT, assert_close_but_for_roundings, run_script
+from conftest import (FIXTURES, FP32, HERE, ROOT, assert_close_but_for_roundings, micro_config,
+                      run_script)
 from dit import (DIT_SIZES, DiT, flow_loss, flow_path, generate, guide, integrate, noise_and_labels,
                  sample, time_grid)
 from test_data import sample as tar_sample
 from test_data import write_tar
-from train_dit import LatentCache, write_latent_cache
+from train_dit import LatentCache, complete_cache
 from train_tokenizer import count_flops
-from vtp import VTP, denormalize, read_safetensors
+from vtp import VTP, UserError, denormalize, read_safetensors
 
 RELEASED = os.path.join(FIXTURES, "dit_released_style")
 FAST = ["--samples", "96", "--batch_size", "8", "--train_size", "48", "--log_every", "2",
@@ -394,14 +397,14 @@ def tars(folder, n=20):
 
 def write_cache(folder, source, model, **options):
     encode = lambda images: train_dit.encode(model, CPU, images)
-    fingerprint = dict(data=source.fingerprint(), tokenizer="a")
-    return write_latent_cache(str(folder), source, encode, (16, 4, 4), fingerprint, **options)
+    made_of = dict(data=source.fingerprint(), tokenizer="a")
+    return complete_cache(str(folder), source, encode, (16, 4, 4), made_of, **options)
 
 
-def test_cached_latents_are_fresh_ones(micro_model, tmp_path):
+def test_cached_latents_are_fresh_ones(micro_model, tmp_path, monkeypatch):
     model, source = VTP.from_pretrained(micro_model), data.BuiltinSource(40, 64)
-    write_cache(tmp_path / "c", source, model, batch_size=16)
-    cache = LatentCache(str(tmp_path / "c"), dict(data=source.fingerprint()))
+    monkeypatch.setattr(train_dit, "SHARD_ROWS", 16)       # three parts
+    cache, _ = write_cache(tmp_path / "c", source, model)
     assert cache.latent_shape == (16, 4, 4) and cache.class_names == source.class_names
     images = torch.from_numpy(source.images)
     seen = []
@@ -427,16 +430,48 @@ def test_cached_latents_are_fresh_ones(micro_model, tmp_path):
 
 def test_a_cache_of_tars_leaves_out_what_is_broken_and_says_so(micro_model, tmp_path):
     model, source = VTP.from_pretrained(micro_model), data.open_source(tars(tmp_path / "t"), 64)
-    skipped = write_cache(tmp_path / "c", source, model, max_skipped=0.2)
+    cache, skipped = write_cache(tmp_path / "c", source, model, max_skipped=0.2)
     assert sum(v for k, v in skipped.items() if "broken image" in k) == 1
     assert sum(v for k, v in skipped.items() if "tar" in k) == 1
-    cache = LatentCache(str(tmp_path / "c"))
     # 39 of the two whole tars, and of the third what lies before the cut
     assert 39 + 5 <= len(cache) < 39 + 20
-    assert cache.num_classes == 4 and cache.skipped == skipped
-    with pytest.raises(RuntimeError, match="max_skipped"):
-        write_cache(tmp_path / "d", source, model, max_skipped=0.01)
-    assert not (tmp_path / "d").exists()
+    assert cache.num_classes == 4 and (cache.labels == train_dit.UNUSABLE).sum() == 2
+    for _ in range(2):      # another try finds the latents there, but no statistics: it fails as well
+        with pytest.raises(UserError, match="max_skipped"):
+            write_cache(tmp_path / "d", source, model, max_skipped=0.01)
+
+
+def test_a_cache_is_completed_where_it_is_broken(micro_model, tmp_path, monkeypatch):
+    """A part that is lost or cut short is encoded again, and it alone; without cache.json all are."""
+    model, folder = VTP.from_pretrained(micro_model), tmp_path / "c"
+    monkeypatch.setattr(train_dit, "SHARD_ROWS", 10)
+    source, encoded = data.BuiltinSource(30, 64), []
+    encode = train_dit.encode
+    monkeypatch.setattr(train_dit, "encode", lambda *a: encoded.append(len(a[2])) or encode(*a))
+    whole, _ = write_cache(folder, source, model)
+    latents = whole.latents_at(np.arange(30))
+    assert sum(encoded) == 60
+    for harm, n_encoded in (
+            (lambda: os.truncate(folder / "00001.bin", 1000), 20),
+            (lambda: os.remove(folder / "00002.bin"), 20),
+            (lambda: (folder / "latents_stats.pt").write_bytes(b"PK"), 0),
+            (lambda: (folder / "cache.json").write_text("{"), 60),
+            (lambda: None, 0)):
+        harm()
+        encoded.clear()
+        again, _ = write_cache(folder, source, model)
+        assert sum(encoded) == n_encoded
+        # a batch of other images may turn a last bit of bf16
+        torch.testing.assert_close(again.latents_at(np.arange(30)), latents, atol=1e-3, rtol=2 ** -6)
+        assert np.array_equal(again.labels, whole.labels) and torch.equal(again.mean, whole.mean)
+
+
+def test_a_disk_without_room_for_the_latents_is_an_error_before_any_work(micro_model, tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: type("", (), dict(free=10_000)))
+    n_bytes = 30 * (2 * 16 * 4 * 4 * 2 + 8)
+    with pytest.raises(OSError, match=f"{n_bytes:,} bytes in .*c, where 10,000 are free"):
+        write_cache(tmp_path / "c", data.BuiltinSource(30, 64), VTP.from_pretrained(micro_model))
+    assert not list(tmp_path.glob("c/*.bin*"))
 
 
 WRITE_CACHE = """
@@ -457,18 +492,41 @@ def test_two_ranks_write_the_cache_of_one(micro_model, tmp_path):
     # four readers of three tars: split by member
     run_script([code, tmp_path / "two", 2], n_ranks=2)
     one, two = (LatentCache(str(tmp_path / name)) for name in ("one", "two"))
-    assert np.array_equal(one.labels, two.labels) and one.skipped == two.skipped
-    stored = (torch.from_numpy(np.array(cache.latents)) for cache in (one, two))
-    a, b = (latents.view(torch.bfloat16).float() for latents in stored)
+    assert np.array_equal(one.labels, two.labels) and (two.slices, len(two.parts)) == (2, 6)
+    a, b = (cache.latents_at(np.arange(len(one.labels))).float() for cache in (one, two))
     assert_close_but_for_roundings(a, b, stored=True)     # in batches of another size
 
 
 def test_a_stale_cache_is_an_error_that_names_what_differs(micro_model, tmp_path):
     source = data.BuiltinSource(8, 64)
     write_cache(tmp_path / "c", source, VTP.from_pretrained(micro_model))
-    with pytest.raises(ValueError, match="another tokenizer"):
-        LatentCache(str(tmp_path / "c"), dict(tokenizer="b", data=source.fingerprint()))
+    for tokenizer, digest, what in (("b", source.fingerprint(), "tokenizer"), ("a", "another", "data")):
+        made_of = dict(data=digest, tokenizer=tokenizer)
+        with pytest.raises(ValueError, match=f"another {what}:"):
+            complete_cache(str(tmp_path / "c"), source, None, (16, 4, 4), made_of)
     assert data.BuiltinSource(8, 64).fingerprint() != data.BuiltinSource(9, 64).fingerprint()
+
+
+@pytest.mark.parametrize("kind", ["folder", "tars"])
+def test_changed_labels_and_content_of_equal_size_make_other_data(tmp_path, kind):
+    """A file's time tells. A copy that keeps names and times is the same data."""
+    if kind == "tars":
+        path, where = tmp_path / "d" / "0.tar", str(tmp_path / "d")
+        path.parent.mkdir()
+        write_tar(path, [tar_sample(i, cls=b"1") for i in range(3)])
+        write_other = lambda: write_tar(path, [tar_sample(i, cls=b"2") for i in range(3)])
+    else:
+        path, where = tmp_path / "d" / "ants" / "1.bmp", str(tmp_path / "d")
+        path.parent.mkdir(parents=True)
+        Image.new("RGB", (8, 8), "red").save(path)
+        write_other = lambda: Image.new("RGB", (8, 8), "blue").save(path)
+    fingerprint = lambda where: data.open_source(where, 64).fingerprint()
+    before, size = fingerprint(where), os.path.getsize(path)
+    shutil.copytree(tmp_path / "d", tmp_path / "copy", copy_function=shutil.copy2)
+    write_other()
+    os.utime(path, ns=(0, os.stat(path).st_mtime_ns + 1))       # whatever the clock's grain
+    assert os.path.getsize(path) == size and fingerprint(where) != before
+    assert fingerprint(str(tmp_path / "copy")) == before
 
 
 # --------------------------------------------------------------------------------------------------
@@ -583,12 +641,87 @@ def test_samples_do_not_depend_on_ranks_and_resume(finished):
     # a truncation to 8 bits turns rounding of batches into a difference of 1 at most
     assert np.abs(saved["arr_0"].astype(int) - images).max() <= 1
     assert not os.path.exists(str(npz) + ".partial")
+    with pytest.raises(AssertionError, match="there already"):
+        run_script([*common, "--out", npz])
     os.remove(folder / "000003.png")
     kept = os.path.getmtime(folder / "000004.png")
     run_script([*common, "--out", folder])
     again = np.asarray(Image.open(folder / "000003.png")).astype(int)
     assert np.abs(again - images[3]).max() <= 1
     assert os.path.getmtime(folder / "000004.png") == kept
+
+
+def sample_into(folder, finished, *more, n=4):
+    train_dit.main(["--sample", str(n), "--checkpoint", str(finished), "--out", str(folder), "--steps", "2",
+                    "--method", "euler", *more])
+
+
+def test_a_set_of_samples_is_of_one_making(micro_model, finished, tmp_path, capsys):
+    """Into a folder with images of another seed, setting, model or number no image is written."""
+    folder = tmp_path / "set"
+    sample_into(folder, finished)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    other = tmp_path / "other.pt"
+    content = checkpoint(finished)
+    content["ema"]["final_layer.linear.bias"] += 1
+    torch.save(content, other)
+    stats = ["--latents_stats", str(finished / "latents_stats.pt"), "--tokenizer", micro_model]
+    for more, words in ((["--seed", "1"], "another seed"), (["--guidance", "2"], "another guidance"),
+                        (["--precision", "bf16"], "another bf16"),
+                        (["--checkpoint", str(other), *stats, "--precision", "fp32"], "another model")):
+        with pytest.raises(SystemExit) as stop:
+            sample_into(folder, finished, *more)
+        assert stop.value.code == 2 and words in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        sample_into(folder, finished, n=3)
+    assert "does not ask for, such as 000003.png" in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    sample_into(folder, finished, n=5)      # more of the same go on
+    after = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert len(after) == len(before) + 1 and before.items() <= after.items()
+    unknown = tmp_path / "unknown"
+    shutil.copytree(folder, unknown)
+    os.remove(unknown / "made_with.json")
+    with pytest.raises(SystemExit):
+        sample_into(unknown, finished, n=5)
+
+
+def test_a_given_tokenizer_decodes_the_samples_and_precision_is_the_runs(micro_model, finished, tmp_path,
+                                                                         capsys, monkeypatch):
+    torch.manual_seed(1)
+    model = VTP.from_pretrained(micro_model)
+    torch.nn.init.normal_(model.pixel_decoder.proj_out.weight)
+    model.save_pretrained(str(tmp_path / "t"))
+    sample_into(tmp_path / "a", finished)
+    sample_into(tmp_path / "b", finished, "--tokenizer", str(tmp_path / "t"))
+    made = [json.load(open(tmp_path / name / "made_with.json")) for name in "ab"]
+    assert made[0]["model"] == made[1]["model"] and made[0]["tokenizer"] != made[1]["tokenizer"]
+    assert made[0]["bf16"] is False                             # FAST has --precision fp32
+    one, two = (np.asarray(Image.open(tmp_path / name / "000000.png")) for name in "ab")
+    assert (one != two).any()
+    # what the run recorded holds from another folder, too
+    monkeypatch.chdir(os.path.dirname(micro_model))
+    out = tmp_path / "relative"
+    args = train_dit.read_settings(["--tokenizer", os.path.basename(micro_model), "--out", str(out), *FAST])
+    assert args.tokenizer == micro_model and os.path.isabs(args.cache)
+    narrow = VTP(micro_config(vision_feature_bottleneck=8))
+    narrow.save_pretrained(str(tmp_path / "narrow"))
+    with pytest.raises(SystemExit):
+        sample_into(tmp_path / "c", finished, "--tokenizer", str(tmp_path / "narrow"))
+    assert "latents of 8 channels" in capsys.readouterr().err
+
+
+def test_a_run_that_stopped_before_its_evaluation_ends_on_resume(micro_model, finished, tmp_path):
+    """Between its last checkpoint and the judge."""
+    out, cache = tmp_path / "o", str(finished.parent / "cache")
+    shutil.copytree(finished, out)
+    record = json.load(open(out / "run.json"))
+    record["arguments"]["eval_samples"] = 4
+    (out / "run.json").write_text(json.dumps(record))
+    for _ in range(2):      # the second finds it measured
+        run_script(["train_dit.py", "--out", out, "--resume"])
+        assert [row["kind"] for row in evaluate.read_metrics(str(out))].count("eval") == 1
+    assert os.path.isfile(os.path.join(cache, "judge.pt"))
 
 
 def test_a_step_that_is_not_finite_changes_nothing(micro_model, finished):
@@ -666,7 +799,7 @@ def test_qk_norm_trains_and_comes_back(micro_model, finished, tmp_path):
     for block in state.model.blocks:
         assert (block.attn.q_norm.weight != 1).any() and (block.attn.k_norm.weight != 1).any()
     path = str(tmp_path / "checkpoint.pt")
-    train_dit.save_checkpoint(path, state, 4, 0)
+    train_dit.save_checkpoint(train_dit.Saving(path, 1), state, 4, False, 0)
     again = DiT.from_lightningdit(path).state_dict()
     assert all(torch.equal(again[k], v) for k, v in state.ema.state_dict().items())
 
@@ -745,6 +878,10 @@ def test_the_judge_learns_and_is_cached(tmp_path):
                     fingerprint=f"{source.fingerprint()} 2 classes"), path)
     again = evaluate.open_judge(path, source, 2, CPU)
     assert again.accuracy == judge.accuracy
+    whole, fingerprint = open(path, "rb").read(), f"{source.fingerprint()} 2 classes"
+    for broken in (b"", whole[:500], whole[:-30]):        # it is made anew
+        open(path, "wb").write(broken)
+        assert evaluate.read_judge(path, 2, fingerprint) is None
     assert torch.equal(again.classify(images[:8] / 255), judge.classify(images[:8] / 255))
 
 

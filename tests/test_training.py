@@ -761,9 +761,8 @@ def test_a_run_that_died_before_its_first_checkpoint_starts_anew(micro_model, tm
 
 def test_two_processes_cannot_have_one_folder(micro_model, tmp_path):
     """The second is told so, before it writes anything; when the first has ended, even killed, it may."""
-    claim = f"import sys, time; sys.path.insert(0, {ROOT!r}); import vtp; vtp.claim_folder({str(tmp_path)!r})\n"
-    first = subprocess.Popen([sys.executable, "-c", claim + "print('mine', flush=True); time.sleep(60)"],
-                             stdout=subprocess.PIPE)
+    claim = f"import time, vtp; vtp.claim_folder({str(tmp_path)!r}); print('mine', flush=True); time.sleep(60)"
+    first = subprocess.Popen([sys.executable, "-c", claim], cwd=ROOT, stdout=subprocess.PIPE)
     assert first.stdout.readline() == b"mine\n"
     common = ["train_tokenizer.py", "--init", micro_model, *FAST, *AUTOENCODER, "--samples", "8",
               "--out", tmp_path]
