@@ -761,7 +761,7 @@ def test_a_run_that_died_before_its_first_checkpoint_starts_anew(micro_model, tm
 
 def test_two_processes_cannot_have_one_folder(micro_model, tmp_path):
     """The second is told so, before it writes anything; when the first has ended, even killed, it may."""
-    claim = f"import time, vtp; vtp.claim_folder({str(tmp_path)!r}); print('mine', flush=True); time.sleep(60)"
+    claim = f"import time, vtp; vtp.claim_folder({str(tmp_path)!r}); print(\"mine\", flush=True); time.sleep(9)"
     first = subprocess.Popen([sys.executable, "-c", claim], cwd=ROOT, stdout=subprocess.PIPE)
     assert first.stdout.readline() == b"mine\n"
     common = ["train_tokenizer.py", "--init", micro_model, *FAST, *AUTOENCODER, "--samples", "8",
