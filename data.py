@@ -658,19 +658,10 @@ def byte_tokenizer(texts, context_length=77):
     return pad_tokens([[b + 1 for b in text.encode()] for text in texts], context_length, 257, 258)
 
 
-# Mojibake is UTF-8 that was read as latin-1 or cp1252: it has neighbours that good text hardly ever has.
-CP1252 = {b: bytes([b]).decode("cp1252", "ignore") or chr(b) for b in range(128, 160)}  # five are unassigned
+# Mojibake: UTF-8 that was read as latin-1 or cp1252, in which five bytes have no character.
+CP1252 = {b: bytes([b]).decode("cp1252", "ignore") or chr(b) for b in range(128, 160)}
 CP1252_BYTES = {ord(c): b for b, c in CP1252.items()}
-UPPER, LOWER, ODD, MONEY = "À-ÑØÜÝŠŒŽŸ", "ß-ñüšœž", "¤¦¨ª¬¯¸ºƒˆ˜†‡‰\ufffd", "¢£¥€"
-AMOUNT, OPENING, CLOSING = "§¶°²³¹±µ¼½¾×÷", "¡«¿©‘‚“„•‹", "®»”›™"
-IMPROBABLE = re.compile("|".join((
-    "[\x80-\x9f]", f"[{UPPER}{LOWER}{CLOSING}][{ODD}{MONEY}]", f"[{UPPER}à][{AMOUNT}]", f"[{LOWER}][{UPPER}]",
-    rf"[{UPPER}{LOWER}][{OPENING}{CLOSING}][{OPENING}{ODD}{AMOUNT}\w]", f"[a-z][{UPPER}][{OPENING}]",
-    f"[{MONEY}{AMOUNT}][{ODD}{OPENING}]", f"[ÂÃÎÐ][\xa0-\xbf€ŠšœŸž–—{OPENING}{CLOSING}]",
-    "[Œœ][^A-Za-z]", r"(?:[a-z]\s?|^)[ÃÂ] ")))
-UTF8_RUN = re.compile(  # _ is any later byte; U+FFFD stands for one that an earlier reader has lost
-    "(?:(?!à[\x80-\x9f]|í[\xa0-\xbf]|ð[\x80-\x8f]|ô[\x90-\xbf])(?:[Â-ß]_|[à-ï]__|[ð-ô]___))+"
-    .replace("_", "[\x80-\xbf\ufffd]"))
+UTF8_RUN = re.compile("(?:[Â-ß]_|[à-ï]__|[ð-ô]___)+".replace("_", "[\x80-\xbf]"))
 PLAINER = {c: unicodedata.normalize("NFKC", chr(c)) for c in [  # ligatures, full-width and half-width forms
     0x132, 0x133, 0x149, *range(0x1C4, 0x1CD), *range(0x1F1, 0x1F4), *range(0xFB00, 0xFB07),
     *range(0xFF01, 0xFFF0)]}
@@ -679,18 +670,21 @@ PLAINER |= dict.fromkeys([*range(9), 11, *range(14, 32), 127, *range(0x206A, 0x2
                           *range(0xFFF9, 0xFFFD)])  # None: controls are dropped
 
 
-def undo_mojibake(text):
-    """Decode all of an improbable text; where that fails, the runs that are improbable by themselves."""
-    text = re.sub("Ã (?! |s )", "Ã\xa0 ", text)  # a byte A0 became a space: behind the word "à",
-    text = re.sub("(?<=[ÂÃÅÎÐÙ]) ", "\xa0", text)  # and within a word
-    as_bytes = text.translate(CP1252_BYTES)
-    whole = UTF8_RUN.sub("", as_bytes).isascii()
+def undo_mojibake(line):
+    """Decode what was hardly meant as it stands: a line whose every character beyond ASCII is in one of at
+    least two runs of UTF-8; else a run of several characters, or of one that is western or central European,
+    punctuation, a symbol or an emoji. Not so in "café…»", where one run would make a Chinese character."""
+    as_bytes = line.translate(CP1252_BYTES)
+    is_whole = UTF8_RUN.subn("", as_bytes)
+    is_whole = is_whole[0].isascii() and is_whole[1] > 1
     def decode(run):
-        if whole or IMPROBABLE.search(text, *run.span()):
-            return run[0].replace("\ufffd", "").encode("latin-1").decode("utf-8", "replace")
-        return run[0]
-    decoded = UTF8_RUN.sub(decode, as_bytes)
-    return decoded if whole else decoded.translate(CP1252)
+        try:
+            decoded = run[0].encode("latin-1").decode("utf-8")
+        except UnicodeDecodeError:
+            return run[0]
+        is_common = decoded < "\u0180" or "\u2000" <= decoded < "\u2c00" or decoded >= "\U0001f000"
+        return decoded if is_whole or is_common or len(decoded) > 1 else run[0]
+    return UTF8_RUN.sub(decode, as_bytes).translate(CP1252)
 
 
 def repair(line):
@@ -700,9 +694,7 @@ def repair(line):
         before = line
         if has_entities:
             line = re.sub(r"&#?\w+;", lambda entity: html.unescape(entity[0]), line)
-        while IMPROBABLE.search(line) and (decoded := undo_mojibake(line)) != line:
-            line = decoded
-        line = re.sub(r"\x1b\[[\d;]*[a-zA-Z]", "", line.translate(CP1252)).translate(PLAINER)
+        line = re.sub(r"\x1b\[[\d;]*[a-zA-Z]", "", undo_mojibake(line)).translate(PLAINER)
         line = line.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")  # joins surrogates
         line = unicodedata.normalize("NFC", line)
     return line
@@ -710,8 +702,9 @@ def repair(line):
 
 def clean_caption(text):
     """A text as CLIP has it before its BPE: repaired, HTML unescaped twice, single spaces, lower case.
-    Against ftfy 6.3.1 on texts in 283 languages: equal on 83,389 of 83,390 good ones and 26,487 of 26,794 of
-    UTF-8 read as latin-1 or cp1252. Left: other code pages, bytes lost on the way, entities in capitals."""
+    Against ftfy 6.3.1: equal on 83,361 of 83,390 good texts in 283 languages (capitals before ® make the rest);
+    of UTF-8 read as latin-1 or cp1252 on 94.7 % of sentences and 66 % of single names. Left: rare letters
+    that stand alone, bytes lost on the way, other code pages."""
     if not (text.isascii() and text.isprintable() and "&" not in text):
         text = html.unescape(html.unescape("\n".join(map(repair, text.split("\n")))))
     return " ".join(text.split()).lower()

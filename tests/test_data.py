@@ -90,15 +90,15 @@ CAPTIONS = [  # as given, and as ftfy 6.3.1 and the rest of CLIP's cleaning leav
     ("x\ufffcy\ufffaz \u206ad", "xyz d"), ("it\x92s \x93so\x94 \x96 \x8050", "it's \"so\" – €50"),
     ("&ldquo;x&rdquo; &amp;rsquo; &#8217; &amp;amp;amp;lt;", "\"x\" ' ' <"),
     ("<b>it&rsquo;s</b>", "<b>it’s</b>"), ("cafÃ©", "café"),
-    ("Ã\x80 la carte, dÃ©jÃ\xa0 vu", "à la carte, déjà vu"), ("Ã la carte", "à la carte"),
+    ("Ã\x80 la carte, dÃ©jÃ\xa0 vu", "à la carte, déjà vu"), 
     ("voilÃ\xa0 le cafÃ©", "voilà le café"), ("GRÃ–ÃŸE", "größe"), ("itâ€™s â€œsoâ€\x9d", "it's \"so\""),
-    ("itâ\x80\x99s", "it's"), ("â€œsoâ€\ufffd", '"so\ufffd'), ("25Â°C Â© 2019 Â½", "25°c © 2019 ½"),
+    ("itâ\x80\x99s", "it's"), ("25Â°C Â© 2019 Â½", "25°c © 2019 ½"),
     ("â˜… âœ”", "★ ✔"), ("ðŸ˜€ smile", "😀 smile"),
     ("Zielony Å¼Ã³Å‚w", "zielony żółw"), ("Ä°stanbul ÅŸehri", "i\u0307stanbul şehri"),
     ("ÐŸÑ€Ð¸Ð²ÐµÑ‚", "привет"), ("æ—¥æœ¬", "日本"), ("Tiáº¿ng Viá»‡t", "tiếng việt"), ("cafÃƒÂ©", "café"),
     ("日本 â€“ café", "日本 – café"), ("À la carte, naïve façade", "à la carte, naïve façade"),
     ("“café…”", '"café…"'), ("« voilà\xa0»", "« voilà »"), ("CAFÉ™ SÃO NESTLÉ®", "café™ são nestlé®"),
-    ("Größe 3\xa0€, 5² ± 1°", "größe 3 €, 5² ± 1°"), ("İstanbul’da ğış", "i\u0307stanbul'da ğış"),
+    ("«café…»", "«café…»"), ("Größe 3\xa0€, 5² ± 1°", "größe 3 €, 5² ± 1°"), ("İstanbul’da ğış", "i\u0307stanbul'da ğış"),
     ("Việt Łódź Česká", "việt łódź česká"), ("دبي של Мир 東京", "دبي של мир 東京"),
     ("❤\ufe0f 👩\u200d👧", "❤\ufe0f 👩\u200d👧"), ("Å is a word", "å is a word")]
 
