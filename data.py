@@ -708,8 +708,60 @@ def byte_tokenizer(texts, context_length=77):
     return pad_tokens([[b + 1 for b in text.encode()] for text in texts], context_length, 257, 258)
 
 
+# Mojibake: UTF-8 that was read as latin-1 or cp1252, in which five bytes have no character.
+CP1252 = {b: bytes([b]).decode("cp1252", "ignore") or chr(b) for b in range(128, 160)}
+CP1252_BYTES = {ord(c): b for b, c in CP1252.items()}
+UTF8_RUN = re.compile("(?:[Â-ß]_|[à-ï]__|[ð-ô]___)+".replace("_", "[\x80-\xbf]"))
+PLAINER = {c: unicodedata.normalize("NFKC", chr(c)) for c in [  # ligatures, full-width and half-width forms
+    0x132, 0x133, 0x149, *range(0x1C4, 0x1CD), *range(0x1F1, 0x1F4), *range(0xFB00, 0xFB07),
+    *range(0xFF01, 0xFFF0)]}
+PLAINER |= dict.fromkeys([0x2BC, *range(0x2018, 0x201C)], "'") | dict.fromkeys(range(0x201C, 0x2020), '"')
+PLAINER |= dict.fromkeys([*range(9), 11, *range(14, 32), 127, *range(0x206A, 0x2070), 0xFEFF,
+                          *range(0xFFF9, 0xFFFD)])  # None: controls are dropped
+
+
+def undo_mojibake(line):
+    """Decode what was hardly meant as it stands: a line whose every character beyond ASCII is in one of at
+    least two runs of UTF-8; else a run of several characters, or of one that is western or central European,
+    punctuation, a symbol or an emoji. Not so in "café…»", where one run would make a Chinese character."""
+    as_bytes = line.translate(CP1252_BYTES)
+    is_whole = UTF8_RUN.subn("", as_bytes)
+    is_whole = is_whole[0].isascii() and is_whole[1] > 1
+    def decode(run):
+        try:
+            decoded = run[0].encode("latin-1").decode("utf-8")
+        except UnicodeDecodeError:
+            return run[0]
+        is_common = decoded < "\u0180" or "\u2000" <= decoded < "\u2c00" or decoded >= "\U0001f000"
+        return decoded if is_whole or is_common or len(decoded) > 1 else run[0]
+    return UTF8_RUN.sub(decode, as_bytes).translate(CP1252)
+
+
+def repair(line):
+    """What ftfy.fix_text, which CLIP runs first, does to a line: over again, till nothing changes."""
+    before, has_entities = None, "<" not in line
+    while line != before:
+        before = line
+        if has_entities:
+            line = re.sub(r"&#?\w+;", lambda entity: html.unescape(entity[0]), line)
+        line = re.sub(r"\x1b\[[\d;]*[a-zA-Z]", "", undo_mojibake(line)).translate(PLAINER)
+        line = line.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")  # joins surrogates
+        line = unicodedata.normalize("NFC", line)
+    return line
+
+
+def clean_caption(text):
+    """A text as CLIP has it before its BPE: repaired, HTML unescaped twice, single spaces, lower case.
+    Against ftfy 6.3.1: equal on 83,361 of 83,390 good texts in 283 languages (capitals before ® make the rest);
+    of UTF-8 read as latin-1 or cp1252 on 94.7 % of sentences and 66 % of single names. Left: rare letters
+    that stand alone, bytes lost on the way, other code pages."""
+    if not (text.isascii() and text.isprintable() and "&" not in text):
+        text = html.unescape(html.unescape("\n".join(map(repair, text.split("\n")))))
+    return " ".join(text.split()).lower()
+
+
 class ClipBPE:
-    """CLIP's tokenizer: texts -> int64 (n, context_length), without ftfy, which CLIP runs first.
+    """CLIP's tokenizer: texts -> int64 (n, context_length); clean_caption says how near its ftfy is.
     path: bpe_simple_vocab_16e6.txt.gz; None fetches it (checked) into the torch hub cache."""
     def __init__(self, path=None):
         if path is None:
@@ -743,8 +795,8 @@ class ClipBPE:
         return self.words[word]
 
     def __call__(self, texts, context_length=77):
-        texts = (" ".join(html.unescape(html.unescape(text)).split()).lower() for text in texts)
-        ids = [[i for word in self.pattern.findall(text) for i in self.encode_word(word)] for text in texts]
+        ids = [[i for word in self.pattern.findall(clean_caption(text)) for i in self.encode_word(word)]
+               for text in texts]
         return pad_tokens(ids, context_length, CLIP_VOCAB - 2, CLIP_VOCAB - 1)
 
 

@@ -80,6 +80,34 @@ def test_byte_tokens():
                                [257, 121, 121, 121, 121, 258]]
 
 
+CAPTIONS = [  # as given, and as ftfy 6.3.1 and the rest of CLIP's cleaning leave them
+    ("It’s a “nice” café – ‘café’…", "it's a \"nice\" café – 'café'…"),
+    ("ＦＵＬＬ\u3000Ｗidth １！", "full width 1!"), ("ｶﾞﾗｽ", "ガラス"),
+    ("\ufb01ne oﬃce ĳs ǆ", "fine office ijs dž"), ("cafe\u0301 A\u030a", "café å"),
+    ("\ufeffBOM\ufeff", "bom"),
+    ("nul\x00 tab\t ff\x0cesc\x1b[1;31mred\x1b[0m", "nul tab ff escred"),
+    ("a\r\nb\u2028c\x0bd\x85e", "a b cd…e"), ("\ud83d\ude00 \ud83d", "😀 \ufffd"),
+    ("x\ufffcy\ufffaz \u206ad", "xyz d"), ("it\x92s \x93so\x94 \x96 \x8050", "it's \"so\" – €50"),
+    ("&ldquo;x&rdquo; &amp;rsquo; &#8217; &amp;amp;amp;lt;", "\"x\" ' ' <"),
+    ("<b>it&rsquo;s</b>", "<b>it’s</b>"), ("cafÃ©", "café"),
+    ("Ã\x80 la carte, dÃ©jÃ\xa0 vu", "à la carte, déjà vu"), 
+    ("voilÃ\xa0 le cafÃ©", "voilà le café"), ("GRÃ–ÃŸE", "größe"), ("itâ€™s â€œsoâ€\x9d", "it's \"so\""),
+    ("itâ\x80\x99s", "it's"), ("25Â°C Â© 2019 Â½", "25°c © 2019 ½"),
+    ("â˜… âœ”", "★ ✔"), ("ðŸ˜€ smile", "😀 smile"),
+    ("Zielony Å¼Ã³Å‚w", "zielony żółw"), ("Ä°stanbul ÅŸehri", "i\u0307stanbul şehri"),
+    ("ÐŸÑ€Ð¸Ð²ÐµÑ‚", "привет"), ("æ—¥æœ¬", "日本"), ("Tiáº¿ng Viá»‡t", "tiếng việt"), ("cafÃƒÂ©", "café"),
+    ("日本 â€“ café", "日本 – café"), ("À la carte, naïve façade", "à la carte, naïve façade"),
+    ("“café…”", '"café…"'), ("« voilà\xa0»", "« voilà »"), ("CAFÉ™ SÃO NESTLÉ®", "café™ são nestlé®"),
+    ("«café…»", "«café…»"), ("Größe 3\xa0€, 5² ± 1°", "größe 3 €, 5² ± 1°"), ("İstanbul’da ğış", "i\u0307stanbul'da ğış"),
+    ("Việt Łódź Česká", "việt łódź česká"), ("دبي של Мир 東京", "دبي של мир 東京"),
+    ("❤\ufe0f 👩\u200d👧", "❤\ufe0f 👩\u200d👧"), ("Å is a word", "å is a word")]
+
+
+def test_captions_are_cleaned_as_ftfy_does_for_clip():
+    for given, cleaned in CAPTIONS:
+        assert data.clean_caption(given) == cleaned, ascii(given)
+
+
 def test_clip_bpe_equals_clips():
     path = os.path.join(SHARED, "data", "bpe_simple_vocab_16e6.txt.gz")
     if not os.path.exists(path):
@@ -89,6 +117,7 @@ def test_clip_bpe_equals_clips():
     tok = ClipBPE(path)
     for example in json.load(open(os.path.join(FIXTURES, "clip_bpe.json"))):
         assert tok([example["text"]])[0].tolist() == example["ids"], example["text"]
+    assert torch.equal(*tok([CAPTIONS[0][0], CAPTIONS[0][1]]))     # it cleans
     ids = tok(["word " * 100], context_length=8)[0]
     assert len(ids) == 8 and ids[0] == 49406 and ids[-1] == 49407
 
