@@ -632,11 +632,10 @@ def measure(subject, held_out, gallery, seed=0, **options):
     test = collect_features(subject, held_out, **options)
     train = collect_features(subject, gallery, is_training_set=True, **options)
     row = {k: test[k].mean().item() for k in ("psnr", "ssim", "lpips") if k in test}
-    row["n_val"] = len(test["labels"])
     for features, figure in (("pool", "rfid"), ("spatial", "rsfid")):
         if f"real_{features}" in test:
             real, rec = (mean_and_covariance(test[f"{kind}_{features}"]) for kind in ("real", "rec"))
-            row[figure] = frechet_distance(*real, *rec)
+            row[figure], row["n_val"] = frechet_distance(*real, *rec), len(test["labels"])
     is_labelled = test["labels"] >= 0
     test_labels = test["labels"][is_labelled].to(device)
     if "text_features" in test:
@@ -668,6 +667,8 @@ def compare_samples(fake, reference):
     A reference may have moments (mu, sigma and, for sFID, mu_s, sigma_s), features (pool, spatial) of images,
     or both: then, as ADM and the authors do, distances take the moments, which are of more images
     (reference_moments says so), and precision and recall the images."""
+    if "logits" not in fake:
+        raise ValueError("the samples must be images: a folder, or a .npz with arr_0")
     splits = min(10, len(fake["logits"]))
     row = dict(zip(("inception_score", "inception_score_std"), inception_score(fake["logits"], splits)))
     row.update(n_samples=len(fake["logits"]), reference_moments="mu" in reference)
@@ -683,10 +684,10 @@ def compare_samples(fake, reference):
     return row
 
 
-def features_of_set(where, network, device, batch_size, with_moments=False):
-    """Features of a folder or an .npz of images; with_moments: and the statistics that the .npz has."""
+def features_of_set(where, network, device, batch_size):
+    """Features of a folder or an .npz of images, and the statistics that the .npz has, or them alone."""
     moments = {}
-    if with_moments and zipfile.is_zipfile(where):
+    if zipfile.is_zipfile(where):
         with np.load(where) as archive:
             moments = load_statistics(where) if "mu" in archive else {}
             if moments and "arr_0" not in archive:
@@ -871,7 +872,7 @@ def read_metrics(run):
     for line in open(path, "rb") if os.path.isfile(path) else ():
         with suppress(ValueError):
             rows.append(json.loads(line))
-    return [row for row in rows if isinstance(row, dict) and {"kind", "step"} <= row.keys()]
+    return [row for row in rows if isinstance(row, dict)]
 
 
 def measured_points(rows, x_field, y_field):
@@ -1102,9 +1103,8 @@ def measure_runs(args, device):
     """--tokenizer and --dit, or --samples, against training images -> figures; pictures in --out."""
     if args.samples and args.reference:
         network = open_fid_network(args, None, 0, device)
-        fake = features_of_set(args.samples, network, device, args.batch_size)
-        reference = features_of_set(args.reference, network, device, args.batch_size, with_moments=True)
-        return compare_samples(fake, reference)
+        return compare_samples(*(features_of_set(where, network, device, args.batch_size)
+                                 for where in (args.samples, args.reference)))
     subject = open_subject(args, device)
     model, size = subject.model, subject.size
     common = dict(classnames=args.classnames, label=args.label, needs_caption=False)
@@ -1156,7 +1156,7 @@ def measure_dit(args, subject, train, device):
         return dict(fid_features(network, images), labels=labels)
     fake = collect(range(rank(), args.n_samples, world_size()), compute, args.batch_size, "samples")
     if args.reference:
-        train = features_of_set(args.reference, network, device, args.batch_size, with_moments=True)
+        train = features_of_set(args.reference, network, device, args.batch_size)
     row = compare_samples(fake, train)
     if isinstance(network, Judge):
         right = fake["logits"].argmax(dim=1) == fake["labels"]

@@ -275,6 +275,8 @@ def one_line_errors():
         if sys.flags.dev_mode:
             raise
         fail(str(error))
+    except KeyboardInterrupt:
+        sys.exit(130)           # as a shell has it
 
 
 class _Gather(torch.autograd.Function):

@@ -83,10 +83,11 @@ def make_parser():
     option("--classnames", None, "a file with a class name on each line, in the order of the labels",
            absolute)
     option("--train_size", 65536, "scenes in the built-in set", count, tiny=16384)
-    # Crops of a canvas of the image's own size are enlarged, and the decoder learns to blur: of white noise
-    # such a view keeps half of the power in the highest quarter of frequencies.
+    # A crop of a canvas of the image's own size is enlarged, and the decoder learns to blur: of white noise
+    # it has half of the power that the image has in the highest quarter of frequencies, one cut out of a
+    # larger canvas all of it (of images whose side is a power of 2 times the image size, 0.7).
     option("--canvas", None, "side of the images that views are cropped from; default: 5/4 of the image "
-           "size, so that CLIP's is not enlarged; if built in, the image size", count)
+           "size, and what is decoded is cut out of it; if built in, the image size", count)
     option("--bpe", None, "path of CLIP's bpe_simple_vocab_16e6.txt.gz; default: fetched once", absolute)
     option("--max_skipped", 0.1, "largest share of unusable samples before the run stops", share)
 
@@ -215,7 +216,8 @@ def make_views(args, config, step, images, tokens):
     b_ssl, b_rec = args.ssl_batch_size // world_size(), args.rec_batch_size // world_size()
     grid, depth, views = config.image_size // config.vision_patch_size, config.vision_depth, {}
     if args.lambda_clip > 0 or args.lambda_rec > 0:
-        view = data.clip_view(images, generator, args.batch_size, config.image_size)
+        n_decoded = b_rec if args.lambda_rec > 0 else 0
+        view = data.clip_view(images, generator, args.batch_size, config.image_size, n_decoded)
         views["images"] = view if args.lambda_clip > 0 else view[:b_rec]
         views["keep"] = draw_keep(generator, depth, 1, args.batch_size, len(views["images"]), args.drop_path)
     if args.lambda_clip > 0:

@@ -90,7 +90,7 @@ CAPTIONS = [  # as given, and as ftfy 6.3.1 and the rest of CLIP's cleaning leav
     ("x\ufffcy\ufffaz \u206ad", "xyz d"), ("it\x92s \x93so\x94 \x96 \x8050", "it's \"so\" – €50"),
     ("&ldquo;x&rdquo; &amp;rsquo; &#8217; &amp;amp;amp;lt;", "\"x\" ' ' <"),
     ("<b>it&rsquo;s</b>", "<b>it’s</b>"), ("cafÃ©", "café"),
-    ("Ã\x80 la carte, dÃ©jÃ\xa0 vu", "à la carte, déjà vu"), 
+    ("Ã\x80 la carte, dÃ©jÃ\xa0 vu", "à la carte, déjà vu"),
     ("voilÃ\xa0 le cafÃ©", "voilà le café"), ("GRÃ–ÃŸE", "größe"), ("itâ€™s â€œsoâ€\x9d", "it's \"so\""),
     ("itâ\x80\x99s", "it's"), ("25Â°C Â© 2019 Â½", "25°c © 2019 ½"),
     ("â˜… âœ”", "★ ✔"), ("ðŸ˜€ smile", "😀 smile"),
@@ -98,7 +98,8 @@ CAPTIONS = [  # as given, and as ftfy 6.3.1 and the rest of CLIP's cleaning leav
     ("ÐŸÑ€Ð¸Ð²ÐµÑ‚", "привет"), ("æ—¥æœ¬", "日本"), ("Tiáº¿ng Viá»‡t", "tiếng việt"), ("cafÃƒÂ©", "café"),
     ("日本 â€“ café", "日本 – café"), ("À la carte, naïve façade", "à la carte, naïve façade"),
     ("“café…”", '"café…"'), ("« voilà\xa0»", "« voilà »"), ("CAFÉ™ SÃO NESTLÉ®", "café™ são nestlé®"),
-    ("«café…»", "«café…»"), ("Größe 3\xa0€, 5² ± 1°", "größe 3 €, 5² ± 1°"), ("İstanbul’da ğış", "i\u0307stanbul'da ğış"),
+    ("«café…»", "«café…»"),
+    ("Größe 3\xa0€, 5² ± 1°", "größe 3 €, 5² ± 1°"), ("İstanbul’da ğış", "i\u0307stanbul'da ğış"),
     ("Việt Łódź Česká", "việt łódź česká"), ("دبي של Мир 東京", "دبي של мир 東京"),
     ("❤\ufe0f 👩\u200d👧", "❤\ufe0f 👩\u200d👧"), ("Å is a word", "å is a word")]
 
@@ -454,6 +455,79 @@ def test_a_cut_off_tar_ends_with_the_reason_in_place_of_a_sample(tmp_path):
     assert samples[:-1] == whole[:2] and list(samples[-1]) == ["broken tar"]
     with pytest.raises(BadSample, match="cut.tar"):
         TarSource([path], 8).decode(samples[-1], True)
+
+
+def test_no_cut_of_a_tar_goes_unnoticed(tmp_path):
+    """Wherever it is cut before its end mark, in headers and between members too, and damaged headers, data
+    behind the mark: one sample says so. Counting, which reads headers alone, finds as many samples."""
+    path = tmp_path / "t.tar"
+    write_tar(str(path), [sample(i) for i in range(4)])
+    raw = path.read_bytes()
+    members = tarfile.open(path).getmembers()
+    end = members[-1].offset_data + 512                     # of the last member: here the mark begins
+    cuts = [*range(1, end, 97), *(m.offset for m in members), *(m.offset + 300 for m in members), end]
+    damaged = [raw[:cut] for cut in cuts]
+    damaged += [raw[:m.offset + 100] + b"?" * 50 + raw[m.offset + 150:] for m in members]
+    damaged += [raw + raw, raw[:members[3].offset] + bytes(1024) + raw[members[3].offset:]]
+    for content in damaged:
+        path.write_bytes(content)
+        samples = list(read_tar(str(path)))
+        assert ["broken tar" in s for s in samples] == [False] * (len(samples) - 1) + [True]
+        assert samples[:-1] == [sample(i) for i in range(len(samples) - 1)]
+        assert len(list(read_tar(str(path), only_names=True))) == len(samples)
+    path.write_bytes(raw[:end + 512])                       # half of the mark will do
+    assert list(read_tar(str(path))) == [sample(i) for i in range(4)]
+
+
+def test_a_very_long_image_is_cut_to_its_middle_before_it_is_enlarged(monkeypatch):
+    """10,000 x 1 pixels would take 3 GB at 256: no step may hold more than the cut image enlarged."""
+    largest, real = [], Image.Image.resize
+    monkeypatch.setattr(Image.Image, "resize", lambda image, size, *a, **k: (
+        largest.append(size[0] * size[1]), real(image, size, *a, **k))[1])
+    for size in ((10_000, 1), (1, 10_000)):
+        pixels = np.zeros((size[1], size[0], 3), np.uint8)
+        pixels.reshape(-1, 3)[4992:5008] = 200              # the middle 16
+        canvas = load_canvas(io.BytesIO(encoded(Image.fromarray(pixels))), 64)
+        assert canvas.shape == (3, 64, 64) and (canvas == 200).all()
+    assert max(largest) <= 16 * 64 * 64
+
+
+def test_squashed_images_are_resized_without_a_crop(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 255, (40, 90, 3), dtype=np.uint8)
+    (tmp_path / "a").mkdir()
+    Image.fromarray(pixels).save(tmp_path / "a" / "1.png")
+    source = open_source(str(tmp_path), 20, squash=True)
+    expected = Image.fromarray(pixels).resize((20, 20), Image.Resampling.BICUBIC)
+    image, _, _ = source.load(0, False, np.random.default_rng(0))
+    assert (image == np.asarray(expected).transpose(2, 0, 1)).all()
+
+
+def test_what_is_decoded_is_cut_out_of_its_canvas_and_not_resampled():
+    generator = torch.Generator().manual_seed(0)
+    canvases = torch.randint(256, (6, 3, 40, 40), dtype=torch.uint8, generator=generator)
+    views = denormalize(data.clip_view(canvases, data.step_generator(0, 0, "cpu"), 6, 32, n_decoded=4)) * 255
+    windows = canvases.float().unfold(2, 32, 1).unfold(3, 32, 1)            # (6, 3, 9, 9, 32, 32)
+    distances = (windows - views[:, :, None, None]).abs().amax(dim=(1, 4, 5)).flatten(1).amin(dim=1)
+    # fp32: a place is right to 1e-6 of a pixel
+    assert (distances[:4] < 0.01).all() and (distances[4:] > 10).all()
+    plain = data.clip_view(canvases, data.step_generator(0, 0, "cpu"), 6, 32)
+    assert torch.equal(data.clip_view(canvases, data.step_generator(0, 0, "cpu"), 6, 32, 4)[4:], plain[4:])
+
+
+def test_what_is_decoded_is_as_sharp_as_what_is_measured():
+    """By the power of white noise in the highest quarter of frequencies."""
+    def power(images):
+        spectrum = torch.fft.fft2(images - images.mean(dim=(2, 3), keepdim=True)).abs() ** 2
+        frequencies = torch.fft.fftfreq(64).abs()
+        return spectrum[..., torch.maximum(frequencies[:, None], frequencies) >= 3 / 8].mean().item()
+    rng, noise = np.random.default_rng(0), []
+    for _ in range(4):
+        noise.append(encoded(Image.fromarray(rng.integers(0, 256, (150, 150, 3), dtype=np.uint8))))
+    canvases = {C: torch.tensor(np.stack([load_canvas(io.BytesIO(x), C) for x in noise])) for C in (64, 80)}
+    measured = power(canvases[64] / 255)
+    of = {C: power(denormalize(data.clip_view(x, data.step_generator(0, 0, "cpu"), 4, 64, 4))) / measured
+          for C, x in canvases.items()}
+    assert of[64] < 0.6 and of[80] > 1
 
 
 def test_nothing_usable_or_too_much_broken_is_an_error(tmp_path):

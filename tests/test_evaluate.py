@@ -23,7 +23,7 @@ from data import TEMPLATES, byte_tokenizer, permutation, step_generator
 from evaluate import (ImageSet, InceptionFID, frechet_distance, inception_score, load_statistics,
                       mean_and_covariance, plot_runs, precision_recall, psnr,
                       ssim)
-from vtp import VTP, denormalize, normalize
+from vtp import VTP, UserError, denormalize, normalize
 
 
 @pytest.fixture(scope="module")
@@ -737,8 +737,33 @@ def test_features_of_a_set_are_of_its_images_or_are_its_statistics(tmp_path):
     np.savez(tmp_path / "set.npz", arr_0=images)
     found = evaluate.features_of_set(str(tmp_path / "set.npz"), network, torch.device("cpu"), 2)
     torch.testing.assert_close(found["pool"][:, 0] * 255, torch.arange(3.0))
+    np.savez(tmp_path / "set.npz", arr_0=images + 7)      # a set that was replaced is another one
+    found = evaluate.features_of_set(str(tmp_path / "set.npz"), network, torch.device("cpu"), 2)
+    torch.testing.assert_close(found["pool"][:, 0] * 255, torch.arange(3.0) + 7)
     np.savez(tmp_path / "moments.npz", mu=np.zeros(3), sigma=np.eye(3))
-    assert set(evaluate.features_of_set(str(tmp_path / "moments.npz"), network, None, 2)) == {"mu", "sigma"}
+    moments = evaluate.features_of_set(str(tmp_path / "moments.npz"), network, None, 2)
+    assert set(moments) == {"mu", "sigma"}
+    with pytest.raises(ValueError, match="must be images"):
+        evaluate.compare_samples(moments, found)
+
+
+def test_a_reference_of_adm_gives_moments_to_distances_and_images_to_precision_and_recall():
+    """Its mu and sigma are of 50,000 images or more, beside 10,000, to which distances are larger."""
+    generator = torch.Generator().manual_seed(0)
+    fake, few, many = (torch.randn(n, 16, generator=generator) for n in (4000, 100, 40_000))
+    fake = dict(pool=fake, spatial=fake[:, :5], logits=fake)
+    moments = dict(zip(("mu", "sigma"), mean_and_covariance(many)))
+    moments |= dict(zip(("mu_s", "sigma_s"), mean_and_covariance(many[:, :5])))
+    row = evaluate.compare_samples(fake, moments | dict(pool=few, spatial=few[:, :5]))
+    of_pool, of_spatial = (mean_and_covariance(fake[name]) for name in ("pool", "spatial"))
+    assert row["gfid"] == frechet_distance(*of_pool, moments["mu"], moments["sigma"])
+    assert row["sfid"] == frechet_distance(*of_spatial, moments["mu_s"], moments["sigma_s"])
+    assert (row["precision"], row["recall"]) == precision_recall(few, fake["pool"])
+    assert (row["n_samples"], row["n_references"], row["reference_moments"]) == (4000, 100, True)
+    of_few = evaluate.compare_samples(fake, dict(pool=few, spatial=few[:, :5]))
+    assert of_few["gfid"] > 5 * row["gfid"] and not of_few["reference_moments"]
+    without_spatial = {k: v for k, v in moments.items() if k in ("mu", "sigma")}
+    assert "sfid" not in evaluate.compare_samples(fake, without_spatial | dict(pool=few, spatial=few[:, :5]))
 
 
 # ----- Zero-shot classes ----------------------------------------------------------------------------------
@@ -773,8 +798,9 @@ def test_zero_shot_equals_a_loop_over_classes_and_templates(model):
         return abs(p - top1) - z * math.sqrt(p * (1 - p) / 40)
     low, high = (scipy.optimize.brentq(excess, *bracket) for bracket in ((1e-9, top1), (top1, 1 - 1e-9)))
     # default tolerance: float32 means of 40 hits
-    assert found == pytest.approx(dict(zero_shot_top1=top1, zero_shot_top5=top5, zero_shot_chance=1 / 7,
-                                       zero_shot_interval=(high - low) / 2))
+    assert found == pytest.approx(dict(
+        zero_shot_top1=top1, zero_shot_top5=top5, zero_shot_chance=1 / 7, zero_shot_interval=(high - low) / 2,
+        zero_shot_templates=len(TEMPLATES)))
     few = evaluate.zero_shot(model, features, labels % 5, names[:5], TEMPLATES, byte_tokenizer)
     assert "zero_shot_top5" not in few
 
@@ -957,7 +983,7 @@ def test_measure_leaves_out_what_has_no_label_and_what_the_model_cannot_do(model
     assert set(row) == {
         "psnr", "ssim", "image_to_text", "text_to_image", "retrieval_chance", "zero_shot_top1",
         "zero_shot_interval", "zero_shot_chance", "linear_probe", "knn", "dino_1_linear_probe", "dino_1_knn",
-        "dino_4_linear_probe", "dino_4_knn", "chance"}
+        "dino_4_linear_probe", "dino_4_knn", "chance", "zero_shot_templates"}
     x = images.float() / 255
     latents = model.encode(normalize(x))
     mine, theirs = (latents.mean(dim=(2, 3))[part] for part in (slice(12, None), slice(12)))
@@ -1052,12 +1078,18 @@ def test_the_command_measures_everything_and_names_the_features(evaluated):
 
 
 def test_the_table_names_the_features_and_leaves_out_what_was_not_measured():
-    row = dict(rfid=1.2345, gfid=30.0, zero_shot_top1=0.5, zero_shot_interval=0.021, chance=0.1,
-               fid_features="judge", psnr=None)
+    row = dict(rfid=1.2345, n_val=2048, gfid=30.0, precision=0.5, zero_shot_top1=0.5, zero_shot_templates=80,
+               chance=0.1, fid_features="judge", psnr=None, n_samples=1024, n_references=8192,
+               reference_moments=False)
     lines = [" ".join(line.split()) for line in evaluate.table(row).splitlines()]
     assert lines == [
-        "reconstruction, held-out images", "rfid (judge) 1.234", "understanding, held-out images",
-        "zero_shot_top1 0.5", "zero_shot_interval 0.021", "chance 0.1", "generation", "gfid (judge) 30"]
+        "reconstruction, held-out images", "rfid 1.234 the judge; 2,048 images and their reconstructions",
+        "understanding, held-out images", "zero_shot_top1 0.5", "zero_shot_templates 80", "chance 0.1",
+        "generation", "gfid 30 the judge; 1,024 samples against 8,192 reference images",
+        "precision 0.5 the judge; 1,024 samples against 8,192 reference images"]
+    row.update(fid_features="inception", reference_moments=True)
+    gfid = next(line for line in evaluate.table(row).splitlines() if "gfid" in line)
+    assert "pytorch-fid" in gfid and "1,024 samples against the moments in --reference" in gfid
 
 
 def test_the_commands_figures_are_those_of_the_functions(evaluated):
@@ -1124,12 +1156,52 @@ def test_without_inception_fid_is_an_error_that_says_what_to_do(evaluated, tmp_p
     assert done.returncode == 2 and "no such place" in done.stderr and not (tmp_path / "o").exists()
 
 
+def test_zero_shot_takes_squashed_images_where_asked(model, images):
+    """As the authors' protocol does; all other figures stay with the centre crop."""
+    captions, labels = [f"blob {i}" for i in range(12)], torch.arange(12) % 3
+    held_out, gallery = (images[:12], captions, labels), (images[12:], captions, labels)
+    subject = evaluate.Subject(model, byte_tokenizer, class_names=["a", "b", "c"], n_layers=1)
+    plain, test, _ = evaluate.measure(subject, held_out, gallery)
+    subject.squashed = (images[:12].flip(-1), captions, labels)
+    row, again, _ = evaluate.measure(subject, held_out, gallery)
+    assert all(torch.equal(x, again[name]) for name, x in test.items())
+    features = model.encode_image(normalize(images[:12].flip(-1) / 255))
+    expected = evaluate.zero_shot(model, features, labels, subject.class_names, subject.templates,
+                                  byte_tokenizer)
+    changed = {name for name in row if row[name] != plain[name]}
+    assert all(row[name] == expected[name] for name in expected)
+    assert changed <= {"zero_shot_top1", "zero_shot_interval"}
+
+
+def test_a_tokenizers_path_may_end_with_a_slash_or_be_relative(evaluated, tmp_path, monkeypatch, capsys):
+    """runs/dit is found to be on it; on another tokenizer it is left out, and a line says so."""
+    monkeypatch.chdir(tmp_path)
+    os.makedirs("runs")
+    shutil.copytree(evaluated / "dit", "runs/dit")
+    record = json.load(open("runs/dit/run.json"))
+    for recorded in (str(evaluated / "tok"), os.path.relpath(evaluated / "tok")):
+        record["arguments"]["tokenizer"] = recorded
+        json.dump(record, open("runs/dit/run.json", "w"))
+        for given in (evaluated / "tok", f"{evaluated}/tok/", os.path.relpath(evaluated / "tok")):
+            assert evaluate.read_settings(["--tokenizer", str(given)]).dit == "runs/dit"
+    shutil.copytree(evaluated / "tok", "other")
+    assert evaluate.read_settings(["--tokenizer", "other"]).dit is None
+    assert "runs/dit is left out" in capsys.readouterr().out
+
+
+def test_a_broken_record_of_a_run_is_named(tmp_path):
+    for content in ("{", "[]", '{"arguments": 3}', ""):
+        (tmp_path / "run.json").write_text(content)
+        with pytest.raises(ValueError, match="run.json"):
+            evaluate.recorded_arguments(str(tmp_path))
+
+
 def test_where_inception_cannot_be_fetched_the_error_names_the_alternatives(monkeypatch):
     def offline(weights):
-        raise RuntimeError("could not fetch it.")
+        raise UserError("could not fetch it.")
     monkeypatch.setattr(evaluate, "InceptionFID", offline)
     args = SimpleNamespace(fid_features="inception", inception="auto")
-    with pytest.raises(SystemExit, match="could not fetch it.*--fid_features judge.*--fid_features none"):
+    with pytest.raises(UserError, match="could not fetch it.*--fid_features judge.*--fid_features none"):
         evaluate.open_fid_network(args, None, 0, torch.device("cpu"))
 
 
