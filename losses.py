@@ -262,6 +262,8 @@ def fail(message):
         message = f"rank {rank()}: {message}"
     if "Original Traceback" in message:         # of a loader process: the error is its last line
         message = message.strip().rpartition("\n")[2].partition(": ")[2]
+    if sys.stderr.isatty():
+        print(file=sys.stderr)                  # behind a progress bar
     print(f"{os.path.basename(sys.argv[0])}: error: {' '.join(message.split())}", file=sys.stderr, flush=True)
     sys.exit(2)
 

@@ -181,6 +181,8 @@ def follow_run(args):
     recorded = evaluate.recorded_arguments(args.checkpoint)
     if not recorded:
         raise FileNotFoundError(f"--checkpoint {args.checkpoint} has no run.json: give checkpoint.pt itself")
+    if "tokenizer" not in recorded:
+        raise ValueError(f"--checkpoint {args.checkpoint} is no run of train_dit.py")
     for name in ("tokenizer", "precision", *SAMPLING):
         setattr(args, name, recorded[name] if getattr(args, name) is None else getattr(args, name))
 

@@ -684,6 +684,8 @@ class Settings(argparse.ArgumentParser):
             return args
         if not recorded:
             self.error(f"--resume: {args.out} has no run.json of a run to go on with")
+        if recorded.keys() - vars(args).keys():
+            self.error(f"--resume: {args.out} is a run of another script, or of another version of this one")
         self.set_defaults(**{k: v for k, v in recorded.items() if k not in ("resume", "out")})
         args = self.parse_args(argv)
         changed = [f"--{k} (was {v}, now {getattr(args, k, None)})" for k, v in recorded.items()
@@ -923,8 +925,8 @@ def save_checkpoint(saving, state, step, is_last, flops_per_step, place=None):
 def how_to_go_on(args):
     """Advice for a run that is no longer finite."""
     is_saved = os.path.isfile(os.path.join(args.out, "checkpoint.pt"))
-    start = "the last checkpoint" if is_saved else "the start, as there is no checkpoint yet"
-    return (f"A lower rate may help, or --precision fp32: --out {args.out} --resume --lr {args.lr / 2:.2g} "
+    start = "its last checkpoint (or anew, if you delete that)" if is_saved else "the start"
+    return (f"A lower rate may help, or --precision fp32: --out {args.out} --resume --lr {args.lr / 10:.2g} "
             f"goes on from {start}")
 
 

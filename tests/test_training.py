@@ -632,6 +632,16 @@ def test_a_wrong_argument_is_an_error_before_any_work(tmp_path, capsys, argument
     assert stop.value.code == 2 and words in capsys.readouterr().err and not out.exists()
 
 
+def test_a_run_of_another_script_is_told_from_ones_own(micro_model, tmp_path, capsys):
+    (tmp_path / "checkpoint.pt").write_bytes(b"")
+    (tmp_path / "run.json").write_text(json.dumps(dict(arguments=vars(parse(tmp_path / "o")))))
+    for arguments, words in ((["--out", str(tmp_path), "--resume"], "another script"),
+                             (["--sample", "1", "--checkpoint", str(tmp_path), "--out", "x"], "train_dit.py")):
+        with pytest.raises(SystemExit) as stop:
+            train_dit.read_settings(arguments)
+        assert stop.value.code == 2 and words in capsys.readouterr().err
+
+
 def test_resume_needs_the_checkpoint_and_the_arguments_of_a_run(tmp_path, capsys):
     (tmp_path / "checkpoint.pt").write_bytes(b"")
     with pytest.raises(SystemExit) as stop:
