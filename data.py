@@ -440,17 +440,17 @@ def make_loader(stream, pin_memory=False):
     n = stream.n_workers
     return torch.utils.data.DataLoader(stream, batch_size=None, num_workers=n, pin_memory=pin_memory,
                                        prefetch_factor=4 if n else None, persistent_workers=n > 0,
-                                       worker_init_fn=outlive_first_signal)
+                                       worker_init_fn=outlive_signals)
 
 
-def outlive_first_signal(_):
+def outlive_signals(_):
     """Ctrl-C and SIGTERM may reach loader processes, too: they serve on while their rank ends its step and
-    saves, which gets it 30 seconds from most schedulers."""
-    def wait(*_):
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    saves, for 30 seconds, which is what schedulers leave it."""
+    def serve_on(*_):
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         signal.alarm(30)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, wait)
+    signal.signal(signal.SIGTERM, serve_on)
 
 
 def each_sample(source, reader=0, n_readers=1, seed=None):

@@ -850,7 +850,8 @@ def keep_freed_memory():
 
 class Saving:
     """When a run saves: every so many steps, 15 minutes after the last time, at the end, and when it is asked
-    to stop. A first Ctrl-C or SIGTERM asks for that, a second one ends the process at once."""
+    to stop. A first Ctrl-C or SIGTERM asks for that. A second one ends the process at once, if it comes more
+    than a second later: a scheduler's signal may come twice, as torchrun passes it on."""
 
     SECONDS = 900
     SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -868,11 +869,13 @@ class Saving:
             signal.signal(number, handler)
 
     def ask(self, number, _):
-        self.asked = number
-        for each in self.SIGNALS:
-            signal.signal(each, signal.SIG_DFL)
-        if rank() == 0:         # print could be under way
-            os.write(2, b"\nstopping: the step ends, then a checkpoint is written; once more stops at once\n")
+        if self.asked is None:
+            self.asked, self.asked_at = number, time.monotonic()
+            if rank() == 0:     # a print could be under way
+                os.write(2, b"\nthe run stops after this step, with a checkpoint; once more stops it at once\n")
+        elif time.monotonic() > self.asked_at + 1:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
 
     def is_due(self, step, is_logged, is_last):
         """Save after this step? Ranks must agree on that and on the step to stop after. They ask each other

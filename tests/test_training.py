@@ -652,7 +652,8 @@ def test_resume_needs_the_checkpoint_and_the_arguments_of_a_run(tmp_path, capsys
 def test_a_judge_is_trained_by_default_only_for_the_built_in_set(micro_model, tmp_path):
     """The other ranks wait while rank 0 trains it."""
     def n_samples(*more):
-        common = ["--tokenizer", micro_model, "--cache", str(tmp_path / "c"), "--out", str(tmp_path / "o")]
+        common = ["--tokenizer", micro_model, "--cache", str(tmp_path / "c")]
+        common += ["--out", str(tmp_path / "o")]
         return train_dit.read_settings([*common, *more]).eval_samples
     own = ["--data", micro_model]
     assert [n_samples(), n_samples(*own), n_samples(*own, "--eval_samples", "9")] == [500, 0, 9]
@@ -812,7 +813,8 @@ def test_a_signal_ends_a_run_after_its_step_with_a_checkpoint(micro_model, tmp_p
     while not (metrics.exists() and '"train"' in metrics.read_text()):
         assert process.poll() is None
         time.sleep(0.1)
-    os.killpg(process.pid, number)
+    for _ in range(2):      # as a scheduler's that torchrun passes on as well
+        os.killpg(process.pid, number)
     printed, _ = process.communicate(timeout=60)
     assert "stopped after step" in printed and "--resume" in printed
     assert process.returncode != 0 and (n_ranks > 1 or process.returncode == 128 + number)
@@ -822,6 +824,20 @@ def test_a_signal_ends_a_run_after_its_step_with_a_checkpoint(micro_model, tmp_p
         run_script(["train_tokenizer.py", "--out", out, "--resume"], n_ranks)
         run_script(["train_tokenizer.py", *common, "--out", whole], n_ranks)
         assert rows_of(out, "train", "loss") == rows_of(whole, "train", "loss")
+
+
+def test_a_second_signal_ends_a_run_at_once(tmp_path):
+    code = ("import time, train_tokenizer as t\nwith t.Saving('c.pt', 1):\n    print('mine', flush=True)\n"
+            "    while True: time.sleep(.1)")
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE)
+    assert process.stdout.readline() == b"mine\n"
+    process.send_signal(signal.SIGINT)
+    time.sleep(1.5)
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=30) == -signal.SIGINT
+    assert b"once more stops it at once" in process.stderr.read()
 
 
 def test_no_checkpoint_is_older_than_fifteen_minutes(monkeypatch):
