@@ -11,6 +11,7 @@ whole batch where its definition does. It returns the mean over this rank's shar
 is the global batch's loss, and the mean of its gradients, as DDP computes it, that loss's gradient.
 """
 import contextlib
+import multiprocessing
 import os
 import signal
 import sys
@@ -273,12 +274,15 @@ def one_line_errors():
     """What a user can mend ends the program by fail(). `python -X dev` shows where it arose."""
     try:
         yield
-    except (UserError, ValueError, OSError) as error:
-        if sys.flags.dev_mode:
-            raise
-        fail(str(error))
-    except KeyboardInterrupt:
-        sys.exit(130)           # as a shell has it
+    except BaseException as error:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        for loader in multiprocessing.active_children():        # they outlive the signal that exit sends them
+            loader.kill()
+        if isinstance(error, (UserError, ValueError, OSError)) and not sys.flags.dev_mode:
+            fail(str(error))
+        if isinstance(error, KeyboardInterrupt):
+            sys.exit(130)                                       # as a shell has it
+        raise
 
 
 class _Gather(torch.autograd.Function):

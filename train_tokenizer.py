@@ -872,7 +872,7 @@ class Saving:
         if self.asked is None:
             self.asked, self.asked_at = number, time.monotonic()
             if rank() == 0:     # a print could be under way
-                os.write(2, b"\nthe run stops after this step, with a checkpoint; once more stops it at once\n")
+                os.write(2, b"\nstopping after this step, with a checkpoint; once more stops it at once\n")
         elif time.monotonic() > self.asked_at + 1:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)

@@ -636,7 +636,7 @@ def test_a_run_of_another_script_is_told_from_ones_own(micro_model, tmp_path, ca
     (tmp_path / "checkpoint.pt").write_bytes(b"")
     (tmp_path / "run.json").write_text(json.dumps(dict(arguments=vars(parse(tmp_path / "o")))))
     for arguments, words in ((["--out", str(tmp_path), "--resume"], "another script"),
-                             (["--sample", "1", "--checkpoint", str(tmp_path), "--out", "x"], "train_dit.py")):
+                             (["--sample", "1", "--checkpoint", str(tmp_path), "--out", "x"], "no run of")):
         with pytest.raises(SystemExit) as stop:
             train_dit.read_settings(arguments)
         assert stop.value.code == 2 and words in capsys.readouterr().err
@@ -849,6 +849,16 @@ def test_no_checkpoint_is_older_than_fifteen_minutes(monkeypatch):
     assert not saving.is_due(11, True, False)
     clock[0] += 2
     assert saving.is_due(11, True, False)
+
+
+def test_an_error_ends_the_program_and_its_loader_processes(micro_model, tmp_path):
+    """At once, though they outlive the first signal."""
+    write_tar(str(tmp_path / "t.tar"), [sample(i, png=b"broken") for i in range(40)])
+    start = time.monotonic()
+    done = run_script(["train_tokenizer.py", "--init", micro_model, *FAST, "--data", tmp_path / "t.tar",
+                       "--workers", "2", "--out", tmp_path / "o"], check=False)
+    assert done.returncode == 2 and "error: 11 of 11 samples of 1 tars" in done.stderr
+    assert time.monotonic() - start < 25        # they would serve on for 30 s
 
 
 def test_an_error_is_one_line_on_stderr_by_rank_0(micro_model, tmp_path):
