@@ -308,24 +308,27 @@ def encode_parts(folder, about, parts, source, encode, n_workers, batch_size=256
         raise OSError(f"the latents need {n_bytes:,} bytes in {folder}, where {free:,} are free")
     reader, skipped, unfinished = PartReader(source, about, parts, n_workers), Counter(), {}
     loader = torch.utils.data.DataLoader(reader, batch_size, num_workers=n_workers, collate_fn=reader.collate)
-    with tqdm(total=math.ceil(n_rows / world_size()), unit=" images", desc="encoding", disable=rank() != 0,
-              dynamic_ncols=True) as bar, contextlib.ExitStack() as files:
-        for places, images, labels, reasons, finished in loader:
-            skipped.update(reasons)
-            if len(places):
-                pair = torch.stack((encode(images), encode(images.flip(-1))), dim=1)        # (b, 2, d, h, w)
-                pair = pair.cpu().bfloat16().view(torch.int16).numpy()                # NumPy has no bfloat16
+    bar = tqdm(total=math.ceil(n_rows / world_size()), unit=" images", desc="encoding", disable=rank() != 0,
+               dynamic_ncols=True)
+    for places, images, labels, reasons, finished in loader:
+        skipped.update(reasons)
+        if len(places):
+            pair = torch.stack((encode(images), encode(images.flip(-1))), dim=1)        # (b, 2, d, h, w)
+            pair = pair.cpu().bfloat16().view(torch.int16).numpy()                # NumPy has no bfloat16
+        try:
             for i, (k, index) in enumerate(places):
                 if k not in unfinished:
-                    file = files.enter_context(open(f"{part_path(folder, k)}.{os.getpid()}.tmp", "wb"))
-                    unfinished[k] = file, np.full(part_rows(about, k), UNUSABLE)
+                    unfinished[k] = begin_part(folder, about, k)
                 file, of_part = unfinished[k]
                 file.seek(index * row_bytes(about))
                 file.write(pair[i].tobytes())
                 of_part[index] = labels[i]
-            for k in finished:
-                finish_part(folder, about, k, *unfinished.pop(k, (None, None)))
-            bar.update(len(places) + len(reasons))
+            for k in finished:      # it may have had no usable sample
+                finish_part(folder, about, k, *unfinished.pop(k, None) or begin_part(folder, about, k))
+        except OSError as error:
+            raise OSError(error.errno, f"{error.strerror}, {n_bytes:,} bytes needed", folder) from error
+        bar.update(len(places) + len(reasons))
+    bar.close()
     skipped = dict(sum(gather_objects(skipped), Counter()))
     if rank() == 0:
         print(f"latents of {source.name} and of its mirror images are in {folder}; "
@@ -333,17 +336,20 @@ def encode_parts(folder, about, parts, source, encode, n_workers, batch_size=256
     return skipped
 
 
+def begin_part(folder, about, k):
+    """A temporary file for part k, and labels for its rows."""
+    file = open(f"{part_path(folder, k)}.{os.getpid()}.tmp", "wb")
+    return file, np.full(part_rows(about, k), UNUSABLE)
+
+
 def finish_part(folder, about, k, file, labels):
-    """Write the labels behind the latents, and give the part its name. No file: it has no usable sample."""
-    path = part_path(folder, k)
-    if file is None:
-        file, labels = open(f"{path}.{os.getpid()}.tmp", "wb"), np.full(part_rows(about, k), UNUSABLE)
+    """Write the labels behind the latents, and give the part its name."""
     with file:
         file.seek(len(labels) * row_bytes(about))
         file.write(labels.astype(np.int64).tobytes())
         file.flush()
         os.fsync(file.fileno())
-    os.replace(file.name, path)
+    os.replace(file.name, part_path(folder, k))
 
 
 def shard_sizes(source):

@@ -670,7 +670,8 @@ def write_atomically(path, write, n_bytes=0):
             reason = reason.__cause__ or reason.__context__
         if reason is None:
             raise
-        raise OSError(reason.errno, f"{reason.strerror}, {n_bytes:,} bytes needed", str(path)) from error
+        needed = f", {n_bytes:,} bytes needed" if n_bytes else ""
+        raise OSError(reason.errno, f"{reason.strerror}{needed}", str(path)) from error
     finally:
         Path(temporary).unlink(missing_ok=True)
 
