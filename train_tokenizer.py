@@ -857,7 +857,7 @@ class Saving:
     SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
     def __init__(self, path, every):
-        self.path, self.every, self.saved_at, self.saved_step = path, every, time.monotonic(), None
+        self.path, self.every, self.saved_at = path, every, time.monotonic()
         self.asked = self.stop = None       # signals: what this process got, what all ranks agreed on
 
     def __enter__(self):
@@ -900,7 +900,7 @@ class Saving:
 def save_checkpoint(saving, state, step, is_last, flops_per_step, place=None):
     """Everything needed to go on, by rank 0. place: as of SampleStream; None if the step says it.
     UserError: weights, or the last step of the run, are not finite. What a full disk prevents, or a step that
-    was not finite, is tried again later; OSError if there is no later."""
+    was not finite, as the next ones may not be either, is tried again later; OSError if there is no later."""
     content = {name: module.state_dict() for name, module in state.modules().items()}
     content.update(optimizer=state.optimizer.state_dict(), totals=state.totals, step=step,
                    flops_per_step=flops_per_step, place=place)
@@ -910,19 +910,19 @@ def save_checkpoint(saving, state, step, is_last, flops_per_step, place=None):
     if not are_finite or is_last and not state.is_finite:
         what = "the last step was" if are_finite else "weights are"
         raise UserError(f"{what} not finite at step {step}. {how_to_go_on(state.args)}")
+    can_wait = not is_last and not saving.stop
 
     def write():
         try:
-            if not state.is_finite:
+            if can_wait and not state.is_finite:
                 raise OSError("the last step was not finite")
             write_atomically(saving.path, lambda f: torch.save(content, f), sum(t.nbytes for t in tensors))
         except OSError as error:
-            if is_last or saving.stop:
+            if not can_wait:
                 raise
             tqdm.write(f"no checkpoint at step {step}, the run goes on and tries again: {error}")
-            return saving.saved_step
-        return step
-    saving.saved_step, saving.saved_at = by_first_rank(write), time.monotonic()
+    by_first_rank(write)
+    saving.saved_at = time.monotonic()
 
 
 def how_to_go_on(args):
