@@ -38,7 +38,7 @@ from data import (IMAGE_EXTENSIONS, draw_boxes, gaussian_blur, load_canvas, load
 from dit import METHODS, SAMPLING, DiT, generate, noise_and_labels
 from losses import (LPIPS, barrier, by_first_rank, fail, first_on_node, gather_objects, init_distributed,
                     leave_distributed, one_line_errors, rank, world_size)
-from vtp import (VTP, UserError, denormalize, download, find_checkpoint, load_tensors, normalize,
+from vtp import (VTP, UserError, claim_folder, denormalize, download, find_checkpoint, load_tensors, normalize,
                  write_atomically)
 
 # ----- Metrics --------------------------------------------------------------------------------------------
@@ -1232,7 +1232,7 @@ def write_results(args, row):
 @one_line_errors()
 def main(argv=None):
     device, args = init_distributed(), read_settings(argv)
-    os.makedirs(args.out, exist_ok=True)
+    by_first_rank(lambda: claim_folder(args.out))
     if args.plot and rank() == 0:
         save_image(plot_runs(args.plot), os.path.join(args.out, "figures.png"))
     if not args.plot:
