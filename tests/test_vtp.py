@@ -54,7 +54,8 @@ def slow_norm(x, state, name, kind):
     if kind == "rmsnorm":
         return x / torch.sqrt((x ** 2).mean(-1, keepdim=True) + 1e-5) * state[name + ".weight"]
     centred = x - x.mean(-1, keepdim=True)
-    normed = centred / torch.sqrt((centred ** 2).mean(-1, keepdim=True) + 1e-6)
+    eps = 1e-5 if kind == "clip's layernorm" else 1e-6
+    normed = centred / torch.sqrt((centred ** 2).mean(-1, keepdim=True) + eps)
     return normed * state[name + ".weight"] + state[name + ".bias"]
 
 
@@ -162,6 +163,8 @@ def test_options_and_non_square_images_equal_the_definition(changes, rotation_in
     for p in model.parameters():      # initial norms and biases would hide mistakes
         if p.ndim < 2 and p is not model.logit_scale:
             torch.nn.init.normal_(p, 1.0 if p.min() > 0 else 0.0, 0.2)
+    if "vision_mlp_ratio" in changes:
+        assert len(model.trunk.blocks[0].mlp.w1.weight) == 128      # two thirds of 3 * 64
     assert_equals_definition(model, torch.randn(2, 3, 32, 64))
 
 
@@ -170,6 +173,23 @@ def test_the_released_model_equals_the_definition(released, rotation_in_fp32, gr
     """The tight half of the comparison with the authors: to rounding in fp32."""
     with torch.set_grad_enabled(grad):
         assert_equals_definition(released[0], released[1]["images"])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_norm_is_its_definition_where_its_eps_counts(dtype):
+    """Values of order 1 would not show an eps of 1e-5 in place of 1e-6; these are about as large as its root."""
+    torch.manual_seed(0)
+    model = VTP(micro_config())
+    kinds = dict(trunk="rmsnorm", pixel_decoder="layernorm")
+    for name, norm in model.named_modules():
+        if isinstance(norm, (torch.nn.LayerNorm, torch.nn.RMSNorm)):
+            kind = kinds.get(name.partition(".")[0], "clip's layernorm")
+            x = 2e-3 * torch.randn(4, len(norm.weight)).to(dtype)
+            kind = "rmsnorm" if "attn" in name else kind        # of q and k
+            expected = slow_norm(x.float(), {name + ".weight": 1, name + ".bias": 0}, name, kind)
+            tolerance = FP32 if dtype == torch.float32 else dict(atol=0, rtol=2 ** -8)     # rounded once
+            torch.testing.assert_close(norm.to(dtype)(x).float(), expected, **tolerance)
 
 
 def test_rope_periods_are_the_released_ones():
