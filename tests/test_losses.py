@@ -15,7 +15,9 @@ import losses
 from losses import (LPIPS, clip_loss, cross_entropy, dino_loss, ibot_loss, koleo_loss,
                     reconstruction_loss, sinkhorn_knopp)
 
-CLOSE = dict(atol=1e-5, rtol=1e-5)      # fp32 sums in another order
+# fp32 sums in another order. Here logits reach 40, in steps of 4e-6, so that losses differ by as much, and by
+# 1e-7 of their size (seen: 1e-7).
+CLOSE = dict(atol=5e-6, rtol=2e-6)
 
 
 def test_clip_loss_is_symmetric_cross_entropy():
@@ -78,11 +80,13 @@ def test_ibot_loss_averages_over_a_crops_patches_then_over_all_crops():
 
 def test_koleo_loss_is_the_mean_log_distance_to_the_nearest_other():
     torch.manual_seed(0)
-    x = torch.randn(6, 5)
+    x = torch.randn(6, 5).requires_grad_()
     u = F.normalize(x, dim=1)
-    nearest = [min(float((u[i] - u[j]).norm()) for j in range(6) if j != i) for i in range(6)]
-    expected = -sum(math.log(d + 1e-8) for d in nearest) / 6
-    torch.testing.assert_close(koleo_loss(x), torch.tensor(expected), **CLOSE)
+    nearest = [min((u[i] - u[j]).norm() for j in range(6) if j != i) for i in range(6)]
+    expected = -sum((d + 1e-8).log() for d in nearest) / 6
+    torch.testing.assert_close(koleo_loss(x), expected, **CLOSE)
+    ours, theirs = (torch.autograd.grad(loss, x)[0] for loss in (koleo_loss(x), expected))
+    torch.testing.assert_close(ours, theirs, **CLOSE)      # the neighbour is pushed away as well
     # identical samples: large, but finite, and no NaN gradient
     twins = torch.ones(2, 3, requires_grad=True)
     koleo_loss(twins).backward()
@@ -103,6 +107,8 @@ def test_reconstruction_loss_is_l1_and_adds_lpips():
 def test_lpips_is_its_definition_on_given_weights():
     torch.manual_seed(0)
     lpips = LPIPS(None)
+    for p in lpips.features.parameters():       # PyTorch's own values would let the signal die on its way
+        torch.nn.init.kaiming_normal_(p) if p.ndim == 4 else torch.nn.init.normal_(p, std=0.1)
     state = lpips.state_dict()
     x, y = torch.rand(2, 3, 32, 32) * 2 - 1, torch.rand(2, 3, 32, 32) * 2 - 1
     shift = torch.tensor([-0.030, -0.088, -0.188]).view(3, 1, 1)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import vtp
 from conftest import FIXTURES, FP32, assert_close_but_for_roundings, micro_config
@@ -54,7 +55,8 @@ def slow_norm(x, state, name, kind):
     if kind == "rmsnorm":
         return x / torch.sqrt((x ** 2).mean(-1, keepdim=True) + 1e-5) * state[name + ".weight"]
     centred = x - x.mean(-1, keepdim=True)
-    normed = centred / torch.sqrt((centred ** 2).mean(-1, keepdim=True) + 1e-6)
+    eps = 1e-5 if kind == "clip's layernorm" else 1e-6
+    normed = centred / torch.sqrt((centred ** 2).mean(-1, keepdim=True) + eps)
     return normed * state[name + ".weight"] + state[name + ".bias"]
 
 
@@ -162,6 +164,8 @@ def test_options_and_non_square_images_equal_the_definition(changes, rotation_in
     for p in model.parameters():      # initial norms and biases would hide mistakes
         if p.ndim < 2 and p is not model.logit_scale:
             torch.nn.init.normal_(p, 1.0 if p.min() > 0 else 0.0, 0.2)
+    if "vision_mlp_ratio" in changes:
+        assert len(model.trunk.blocks[0].mlp.w1.weight) == 128      # two thirds of 3 * 64
     assert_equals_definition(model, torch.randn(2, 3, 32, 64))
 
 
@@ -170,6 +174,48 @@ def test_the_released_model_equals_the_definition(released, rotation_in_fp32, gr
     """The tight half of the comparison with the authors: to rounding in fp32."""
     with torch.set_grad_enabled(grad):
         assert_equals_definition(released[0], released[1]["images"])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_norm_is_its_definition_where_its_eps_counts(dtype):
+    """Values of order 1 would not show an eps of 1e-5 in place of 1e-6; these are about as large as its root."""
+    torch.manual_seed(0)
+    model = VTP(micro_config())
+    kinds = dict(trunk="rmsnorm", pixel_decoder="layernorm")
+    for name, norm in model.named_modules():
+        if isinstance(norm, (torch.nn.LayerNorm, torch.nn.RMSNorm)):
+            kind = kinds.get(name.partition(".")[0], "clip's layernorm")
+            x = 2e-3 * torch.randn(4, len(norm.weight)).to(dtype)
+            kind = "rmsnorm" if "attn" in name else kind        # of q and k
+            expected = slow_norm(x.float(), {name + ".weight": 1, name + ".bias": 0}, name, kind)
+            tolerance = FP32 if dtype == torch.float32 else dict(atol=0, rtol=2 ** -7)     # rounded twice
+            torch.testing.assert_close(norm.to(dtype)(x).float(), expected, **tolerance)
+
+
+@torch.no_grad()
+def test_ssl_head_gives_cosines_with_prototypes_times_their_gains():
+    torch.manual_seed(0)
+    head, inputs = vtp.SSLHead(8, 5, hidden_dim=12, out_dim=6), torch.randn(3, 8)
+    for p in head.parameters():
+        torch.nn.init.normal_(p)
+    x = inputs
+    for i in (0, 2, 4):
+        x = x @ head.mlp[i].weight.T + head.mlp[i].bias
+        x = x * 0.5 * (1 + torch.erf(x / math.sqrt(2))) if i < 4 else x
+    cosines = F.cosine_similarity(x[:, None], head.prototypes, dim=2)
+    torch.testing.assert_close(head.prototype_gain[:, 0] * cosines, head(inputs), **FP32)
+
+
+def test_images_are_normalised_by_the_moments_of_imagenet():
+    pixels = torch.rand(2, 3, 4, 5)
+    mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])[..., None, None]
+    torch.testing.assert_close(vtp.normalize(pixels), (pixels - mean) / std, **FP32)
+    torch.testing.assert_close(vtp.denormalize(vtp.normalize(pixels)), pixels, **FP32)
+
+
+def test_the_temperature_of_clip_begins_at_7_percent():
+    assert VTP(micro_config()).logit_scale.exp().item() == pytest.approx(1 / 0.07)      # fp32
 
 
 def test_rope_periods_are_the_released_ones():
