@@ -38,8 +38,8 @@ from data import (IMAGE_EXTENSIONS, draw_boxes, gaussian_blur, load_canvas, load
 from dit import METHODS, SAMPLING, DiT, generate, noise_and_labels
 from losses import (LPIPS, barrier, by_first_rank, fail, first_on_node, gather_objects, init_distributed,
                     leave_distributed, one_line_errors, rank, world_size)
-from vtp import (VTP, UserError, claim_folder, denormalize, download, find_checkpoint, load_tensors, normalize,
-                 write_atomically)
+from vtp import (VTP, UserError, claim_folder, denormalize, download, find_checkpoint, load_tensors,
+                 normalize, write_atomically)
 
 # ----- Metrics --------------------------------------------------------------------------------------------
 
