@@ -637,8 +637,8 @@ def test_resampling_is_pillows_bicubic_of_a_box():
                 # mode F: with 8 bits Pillow rounds and clips between its two passes
                 pillow = Image.fromarray(images[i, channel].astype(np.float32))
                 pillow = np.asarray(pillow.resize((size, size), Image.Resampling.BICUBIC, box=box))
-                # Of 255: the weights are fp32 here, double in Pillow. Places of up to 64 px are rounded by
-                # 4e-6, and pixels differ by up to 255 from their neighbours in two axes: 2e-3. So it is below.
+                # Of 255: the weights are fp32 here, double in Pillow. Places of up to 64 px are rounded
+                # by 4e-6, and pixels differ by up to 255 from their neighbours in two axes: 2e-3.
                 assert np.abs(ours[i, channel].numpy() - pillow).max() < 0.01
             expected = ours[i].flip(-1) if is_flipped[i] else ours[i]
             torch.testing.assert_close(flipped[i], expected, atol=1e-2, rtol=0)

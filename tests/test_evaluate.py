@@ -327,7 +327,7 @@ def test_knn_lets_the_nearest_neighbours_vote_with_weights_by_cosine():
 
 
 def test_knn_has_20_neighbours_and_a_temperature_of_7_percent():
-    """One neighbour of label 2 at a cosine of 1 against n of label 1, which weigh as much at 1 - 0.07 ln n."""
+    """One neighbour of label 2 at a cosine of 1, n of label 1, which weigh as much at 1 - 0.07 ln n."""
     def winner(n, weight):
         cosines = torch.tensor([1.0] + n * [1 - 0.07 * math.log(1 / weight)])
         train = torch.stack((cosines, (1 - cosines ** 2).sqrt()), dim=1)
@@ -1055,8 +1055,8 @@ def test_latent_statistics_are_read_and_other_files_refused(tmp_path):
 
 SMALL = ["--train_size", "48", "--n_train", "48", "--n_val", "23", "--n_samples", "11", "--batch_size", "8"]
 
-# The command with RoPE rotating in fp32, so that batches of another size change fp32's rounding alone; what it
-# collects over ranks is kept in the folder that is the first argument.
+# The command with RoPE rotating in fp32, so that batches of another size change fp32's rounding alone; what
+# it collects over ranks is kept in the folder that is the first argument.
 IN_FP32 = """
 import os, sys
 sys.path.insert(0, {root!r})

@@ -179,7 +179,7 @@ def test_the_released_model_equals_the_definition(released, rotation_in_fp32, gr
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_every_norm_is_its_definition_where_its_eps_counts(dtype):
-    """Values of order 1 would not show an eps of 1e-5 in place of 1e-6; these are about as large as its root."""
+    """Values of order 1 would not show an eps of 1e-5 in place of 1e-6; these are as small as its root."""
     torch.manual_seed(0)
     model = VTP(micro_config())
     kinds = dict(trunk="rmsnorm", pixel_decoder="layernorm")
