@@ -48,6 +48,7 @@ TEMPLATES = ("a photo of a {}", "a picture of a {}", "an image of a {}", "a good
 
 
 LONGEST = 16  # of an image's long side by its short one; what is longer is cut to its middle
+LARGEST = 90_000_000  # pixels of an image, up to 16 bytes each while it is decoded; Pillow allows twice that
 
 
 class BadSample(Exception):
@@ -74,6 +75,8 @@ def load_canvas(file, canvas, draft=False, squash=False):
     the canvas, bicubic to the canvas, centre crop. Raises what Pillow raises. draft: a JPEG may decode
     smaller, much faster and slightly different. squash: bicubic to the canvas at once, without a crop."""
     image = Image.open(file)
+    if image.width * image.height > LARGEST:
+        raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels")
     if draft:
         image.draft("RGB", (2 * canvas, 2 * canvas))  # JPEG only, never below what the box filter leaves
     image = ImageOps.exif_transpose(image)
@@ -244,7 +247,8 @@ def read_tar(path, only_names=False):
     sample, key = {}, None
     try:
         with tarfile.open(path, "r:*" if only_names else "r|*", tarinfo=TarHeader) as tar:
-            for member in filter(tarfile.TarInfo.isfile, tar):
+            # what a sparse file's header says of its size may be anything, and all of it would be zeros
+            for member in (m for m in tar if m.isfile() and not m.issparse()):
                 folder, _, name = member.name.rpartition("/")
                 stem, _, extension = name.partition(".")
                 if sample and (folder, stem) != key:

@@ -38,8 +38,8 @@ from data import (IMAGE_EXTENSIONS, draw_boxes, gaussian_blur, load_canvas, load
 from dit import METHODS, SAMPLING, DiT, generate, noise_and_labels
 from losses import (LPIPS, barrier, by_first_rank, fail, first_on_node, gather_objects, init_distributed,
                     leave_distributed, one_line_errors, rank, world_size)
-from vtp import (VTP, UserError, claim_folder, denormalize, download, find_checkpoint, load_tensors,
-                 normalize, write_atomically)
+from vtp import (VTP, UserError, check_zip, claim_folder, denormalize, download, find_checkpoint,
+                 load_tensors, normalize, parse_json, release_folder, write_atomically)
 
 # ----- Metrics --------------------------------------------------------------------------------------------
 
@@ -80,10 +80,22 @@ def mean_and_covariance(features):
 
 def load_statistics(path):
     """An .npz of pytorch-fid or ADM -> dict of float64 mu, sigma and, where present, mu_s and sigma_s."""
-    with np.load(path) as archive:
-        if not {"mu", "sigma"} <= set(archive.files):
-            raise ValueError(f"{path} holds no statistics mu and sigma, but {', '.join(archive.files)}")
-        return {k: archive[k].astype(np.float64) for k in ("mu", "sigma", "mu_s", "sigma_s") if k in archive}
+    found = load_arrays(path, ("mu", "sigma"), ("mu_s", "sigma_s"))
+    return {name: x.astype(np.float64) for name, x in found.items()}
+
+
+def load_arrays(path, needed, others=()):
+    """An .npz -> {name: array}. ValueError names a file that is broken, or lacks what is needed."""
+    try:
+        check_zip(path)
+        with np.load(path) as archive:
+            if not set(needed) <= set(archive.files):
+                raise ValueError(f"it holds no {' and '.join(needed)}, but {', '.join(archive.files)}")
+            return {name: archive[name] for name in (*needed, *others) if name in archive}
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # on broken bytes zipfile and NumPy raise almost anything
+        raise ValueError(f"{path} cannot be read: {error}") from error
 
 
 def frechet_distance(mu1, sigma1, mu2, sigma2):
@@ -314,8 +326,7 @@ class ImageSet:
                      for name in names)
             self.items = sorted(x for x in paths if x.rpartition(".")[2].lower() in IMAGE_EXTENSIONS)
         elif zipfile.is_zipfile(where):
-            with np.load(where) as archive:
-                self.items = archive["arr_0"]
+            self.items = load_arrays(where, ["arr_0"])["arr_0"]
             if self.items.dtype != np.uint8 or self.items.shape[3:] != (3,):
                 raise ValueError(f"{where}: not uint8 (N, H, W, 3) but {self.items.dtype} {self.items.shape}")
         else:
@@ -503,13 +514,17 @@ def open_judge(path, source, n_classes, device, seed=0, most=16384):
     A broken file is made anew."""
     fingerprint = by_first_rank(lambda: f"{source.fingerprint()} {n_classes} classes")
     if rank() == 0 and read_judge(path, n_classes, fingerprint) is None:
+        folder, is_claimed = os.path.dirname(path) or ".", False
+        with suppress(ValueError):      # another process trains it, too; else what a kill left is swept
+            is_claimed = claim_folder(folder)
         canvases, _, labels = load_evaluation_set(source, most, whole=True)
         canvases, labels = canvases[labels >= 0], labels[labels >= 0]
         images = [(to_image_size(part, Judge.SIDE) * 255).round().byte() for part in canvases.split(256)]
         judge = train_judge(torch.cat(images), labels, n_classes, device, seed)
         content = dict(judge=judge.state_dict(), accuracy=judge.accuracy, fingerprint=fingerprint)
-        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
         write_atomically(path, lambda f: torch.save(content, f))
+        if is_claimed:
+            release_folder(folder)
     barrier()
     judge = read_judge(path, n_classes, fingerprint)
     return judge.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
@@ -687,11 +702,10 @@ def compare_samples(fake, reference):
 def features_of_set(where, network, device, batch_size):
     """Features of a folder or an .npz of images, and the statistics that the .npz has, or them alone."""
     moments = {}
-    if zipfile.is_zipfile(where):
-        with np.load(where) as archive:
-            moments = load_statistics(where) if "mu" in archive else {}
-            if moments and "arr_0" not in archive:
-                return moments
+    if zipfile.is_zipfile(where) and load_arrays(where, (), ["mu"]):
+        moments = load_statistics(where)
+        if "arr_0.npy" not in zipfile.ZipFile(where).namelist():
+            return moments
     images = ImageSet(where)
     return moments | collect(range(rank(), len(images), world_size()),
                              lambda numbers: fid_features(network, images.batch(numbers).to(device)),
@@ -872,12 +886,13 @@ def read_metrics(run):
     for line in open(path, "rb") if os.path.isfile(path) else ():
         with suppress(ValueError):
             rows.append(json.loads(line))
-    return [row for row in rows if isinstance(row, dict)]
+    return [row for row in rows if isinstance(row, dict) and "kind" in row
+            and all(isinstance(row.get(name, 0), (int, float)) for name in ("step", "samples", "flops"))]
 
 
 def measured_points(rows, x_field, y_field):
     """(xs, ys) of the rows that have y_field, xs rising. Of rows with one x, the last counts."""
-    values = {row[x_field]: row[y_field] for row in rows if row.get(y_field) is not None}
+    values = {row[x_field]: row[y_field] for row in rows if x_field in row and row.get(y_field) is not None}
     return tuple(zip(*sorted(values.items()))) or ((), ())
 
 
@@ -995,13 +1010,10 @@ def recorded_arguments(run):
 def read_json(path):
     """The object in a JSON file; ValueError if it is broken."""
     try:
-        with open(path, encoding="utf-8") as f:
-            content = json.load(f)
+        with open(path, "rb") as f:
+            return parse_json(f.read())
     except ValueError as error:
         raise ValueError(f"{path} is broken ({error}): put a copy there, or start anew elsewhere") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds no JSON object")
-    return content
 
 
 @one_line_errors()

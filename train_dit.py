@@ -181,9 +181,9 @@ def follow_run(args):
     recorded = evaluate.recorded_arguments(args.checkpoint)
     if not recorded:
         raise FileNotFoundError(f"--checkpoint {args.checkpoint} has no run.json: give checkpoint.pt itself")
-    if "tokenizer" not in recorded:
-        raise ValueError(f"--checkpoint {args.checkpoint} is no run of train_dit.py")
     for name in ("tokenizer", "precision", *SAMPLING):
+        if name not in recorded:
+            raise ValueError(f"--checkpoint {args.checkpoint} is no run of train_dit.py: it lacks {name}")
         setattr(args, name, recorded[name] if getattr(args, name) is None else getattr(args, name))
 
 
@@ -249,8 +249,9 @@ def encode(tokenizer, device, images):
 def read_about(folder):
     """cache.json, or None where it is not there or broken: then the cache is made anew."""
     try:
-        about = evaluate.read_json(os.path.join(folder, "cache.json"))
-        return {k: about[k] for k in ("sizes", "slices", "shape", "class_names", "made_of")}
+        found = evaluate.read_json(os.path.join(folder, "cache.json"))
+        about = {k: found[k] for k in ("sizes", "slices", "shape", "class_names", "made_of")}
+        return about if found["digest"] == data.digest_of(json.dumps(about)) else None
     except (ValueError, KeyError, FileNotFoundError):
         return None
 
@@ -259,7 +260,7 @@ def begin_cache(folder, about):
     """Write cache.json; parts of another are removed."""
     for path in glob.glob(os.path.join(glob.escape(folder), "*.bin")):
         os.remove(path)
-    text = json.dumps(about, indent=2).encode()
+    text = json.dumps({**about, "digest": data.digest_of(json.dumps(about))}, indent=2).encode()
     write_atomically(os.path.join(folder, "cache.json"), lambda f: f.write(text))
 
 
@@ -636,7 +637,7 @@ def judge_samples(state, tokenizer, stats, source, cache, device):
 # ----- Generating a set of images -------------------------------------------------------------------------
 
 def generate_set(args, device):
-    """--sample: images number 0 to N - 1 as PNGs, by all ranks; those that are there stay. Then the .npz."""
+    """--sample: images 0 to N - 1 as PNGs, by all ranks; batches that are there stay. Then the .npz."""
     is_npz, run = args.out.endswith(".npz"), args.checkpoint
     folder = args.out + ".partial" if is_npz else args.out
     model = DiT.from_lightningdit(run if os.path.isfile(run) else os.path.join(run, "checkpoint.pt"))
@@ -646,42 +647,53 @@ def generate_set(args, device):
         raise ValueError(f"--tokenizer {args.tokenizer} has latents of {d} channels, but --checkpoint draws "
                          f"{model.in_channels}")
     stats = evaluate.read_latent_stats(args.latents_stats or os.path.join(run, "latents_stats.pt"))
-    by_first_rank(lambda: open_set(args, folder, model, stats))
+    of_set = by_first_rank(lambda: open_set(args, folder, model, stats))
+    if of_set is None:
+        return print(f"{args.sample} images are in {args.out} already") if rank() == 0 else None
     stats = tuple(x.to(device) for x in stats)
     paths = [os.path.join(folder, f"{i:06d}.png") for i in range(args.sample)]
-    # as rank 0 sees it: others may write already
-    missing = by_first_rank(lambda: [i for i, path in enumerate(paths) if not os.path.exists(path)])
-    own, writers = missing[rank()::world_size()], ThreadPoolExecutor(4)
+    own, writers = range(rank(), args.sample, world_size()), ThreadPoolExecutor(4)
     bar = tqdm(total=len(own), unit=" images", desc="sampling", disable=rank() != 0, dynamic_ncols=True)
     for indices in (own[k:k + args.sample_batch] for k in range(0, len(own), args.sample_batch)):
+        bar.update(len(indices))
+        if all(os.path.exists(paths[i]) for i in indices):
+            continue
+        # What a killed call has begun is made anew as a whole: batches of another size round otherwise.
         noise, labels = noise_and_labels(indices, args.seed, model.latent_shape, model.num_classes)
         images = evaluate.to_uint8(generate(model, tokenizer, stats, noise, labels, **sampling_options(args)))
         images = map(Image.fromarray, images.permute(0, 2, 3, 1).cpu().numpy())
         list(writers.map(evaluate.save_image, images, [paths[i] for i in indices]))
-        bar.update(len(indices))
     bar.close()
     barrier()
     if rank() == 0:
         if is_npz:
             images = np.stack([np.asarray(Image.open(path)) for path in paths])
             _, labels = noise_and_labels(range(args.sample), args.seed, model.latent_shape, model.num_classes)
-            content = dict(arr_0=images, arr_1=labels.numpy())
-            write_atomically(args.out, lambda f: np.savez(f, **content), images.nbytes)
+            content = dict(arr_0=images, arr_1=labels.numpy(), made_with=of_set)
+            whole = os.path.join(folder, "whole.npz")       # here, what a kill leaves of it is swept
+            write_atomically(whole, lambda f: np.savez(f, **content), images.nbytes)
+            os.replace(whole, args.out)
             shutil.rmtree(folder)
         print(f"{args.sample} images in {args.out}")
 
 
 def open_set(args, folder, model, stats):
-    """A new folder for images, or one that was begun with the same weights and settings; else ValueError."""
-    if folder != args.out and os.path.exists(args.out):
-        raise ValueError(f"--out {args.out} is there already: choose another, or delete it")
-    claim_folder(folder)
-    path, digest = os.path.join(folder, "made_with.json"), hashlib.sha256()
+    """A new folder for images, or one that was begun with the same weights and settings; else ValueError.
+    -> what the .npz says of these and of its size; None: it is there already, and is of just these."""
+    digest = hashlib.sha256()
     for tensor in (*model.state_dict().values(), *stats):
         digest.update(tensor.cpu().contiguous().numpy())
     tokenizer = evaluate.file_digest(find_checkpoint(args.tokenizer))
     made_with = dict(model=digest.hexdigest()[:16], tokenizer=tokenizer, seed=args.seed,
                      **sampling_options(args))
+    of_set = json.dumps({**made_with, "sample": args.sample})
+    if folder != args.out and os.path.exists(args.out):
+        if evaluate.load_arrays(args.out, (), ["made_with"]).get("made_with") != of_set:
+            raise ValueError(f"--out {args.out} is there already: choose another, or delete it")
+        shutil.rmtree(folder, ignore_errors=True)       # a call that was killed may have left it
+        return None
+    claim_folder(folder)
+    path = os.path.join(folder, "made_with.json")
     images = [name for name in os.listdir(folder) if name.endswith(".png")]
     before = evaluate.read_json(path) if os.path.isfile(path) else {} if images else made_with
     if differs := [name for name, value in made_with.items() if before.get(name) != value]:
@@ -691,6 +703,7 @@ def open_set(args, folder, model, stats):
         raise ValueError(f"--out {args.out} has images that --sample {args.sample} does not ask for, such as "
                          f"{min(unasked)}: choose another folder, or delete it")
     write_atomically(path, lambda f: f.write(json.dumps(made_with, indent=2).encode()))
+    return of_set
 
 
 @one_line_errors()

@@ -686,7 +686,9 @@ class Settings(argparse.ArgumentParser):
             self.error(f"--resume: {args.out} has no run.json of a run to go on with")
         if recorded.keys() - vars(args).keys():
             self.error(f"--resume: {args.out} is a run of another script, or of another version of this one")
-        self.set_defaults(**{k: v for k, v in recorded.items() if k not in ("resume", "out")})
+        # as text, numbers are checked as those of the command line are
+        self.set_defaults(**{k: str(v) if type(v) in (int, float) else v
+                             for k, v in recorded.items() if k not in ("resume", "out")})
         args = self.parse_args(argv)
         changed = [f"--{k} (was {v}, now {getattr(args, k, None)})" for k, v in recorded.items()
                    if k not in MAY_CHANGE_ON_RESUME and getattr(args, k, None) != v]
@@ -1017,7 +1019,7 @@ class Log:
             os.makedirs(args.out, exist_ok=True)
             record_run(args, step)
             rows = evaluate.read_metrics(args.out) if step else []
-            kept = "".join(json.dumps(row) + "\n" for row in rows if row["step"] <= step)
+            kept = "".join(json.dumps(row) + "\n" for row in rows if row.get("step", math.inf) <= step)
             write_atomically(self.path, lambda f: f.write(kept.encode()))
             n_parameters = sum(p.numel() for p in model.parameters())
             name = getattr(args, "init", None) or args.model

@@ -15,6 +15,7 @@ import math
 import os
 import re
 import shutil
+import zipfile
 from collections import OrderedDict
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -686,11 +687,11 @@ def is_leftover(name):
 
 
 def claim_folder(folder):
-    """Make a folder, keep other processes out of it, and sweep the temporary files of killed ones.
-    ValueError: another process has claimed it. Where a file system has no locks, there are none."""
+    """Make a folder, keep other processes out of it, and sweep the temporary files of killed ones -> was it
+    not claimed yet? ValueError: another process has it. Where a file system has no locks, there are none."""
     os.makedirs(folder, exist_ok=True)
     if os.path.realpath(folder) in _claimed:
-        return
+        return False
     lock = open(os.path.join(folder, ".lock"), "a")
     try:
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -703,6 +704,7 @@ def claim_folder(folder):
         for name in filter(is_leftover, names):
             if name != ".lock":
                 os.remove(os.path.join(root, name))
+    return True
 
 
 def release_folder(folder):
@@ -711,9 +713,19 @@ def release_folder(folder):
         lock.close()
 
 
+def check_zip(path):
+    """ValueError or zipfile's errors: not all of a zip file is as it was written. Neither torch.load nor
+    NumPy looks at its checksums, and a flipped bit would be another weight."""
+    with zipfile.ZipFile(path) as archive:
+        if broken := archive.testzip():
+            raise ValueError(f"{broken} in it has not its checksum")
+
+
 def load_tensors(path, map_location="cpu"):
     """torch.load of tensors and plain values. ValueError names a file that is broken."""
     try:
+        if zipfile.is_zipfile(path):        # else of torch before 1.6, or cut off, which torch.load finds
+            check_zip(path)
         return torch.load(path, map_location=map_location, weights_only=True)
     except (FileNotFoundError, PermissionError):
         raise

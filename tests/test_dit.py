@@ -641,8 +641,9 @@ def test_samples_do_not_depend_on_ranks_and_resume(finished):
     # a truncation to 8 bits turns rounding of batches into a difference of 1 at most
     assert np.abs(saved["arr_0"].astype(int) - images).max() <= 1
     assert not os.path.exists(str(npz) + ".partial")
-    with pytest.raises(AssertionError, match="there already"):
-        run_script([*common, "--out", npz])
+    assert "images are in" in run_script([*common, "--out", npz]).stdout
+    with pytest.raises(AssertionError, match="there already"):      # of these, but with other settings
+        run_script([*common, "--out", npz, "--seed", "1"])
     os.remove(folder / "000003.png")
     kept = os.path.getmtime(folder / "000004.png")
     run_script([*common, "--out", folder])
@@ -653,7 +654,7 @@ def test_samples_do_not_depend_on_ranks_and_resume(finished):
 
 def sample_into(folder, finished, *more, n=4):
     train_dit.main(["--sample", str(n), "--checkpoint", str(finished), "--out", str(folder), "--steps", "2",
-                    "--method", "euler", *more])
+                    "--method", "euler", "--sample_batch", "2", *more])
 
 
 def test_a_set_of_samples_is_of_one_making(micro_model, finished, tmp_path, capsys):

@@ -212,7 +212,7 @@ def test_statistics_survive_their_file_and_those_of_adm_are_read(tmp_path):
     assert set(adm) == {"mu", "sigma", "mu_s", "sigma_s"} and all(v.dtype == np.float64 for v in adm.values())
     np.testing.assert_array_equal(adm["mu_s"], mu_s)
     np.savez(tmp_path / "images.npz", arr_0=np.zeros(1))
-    with pytest.raises(ValueError, match="no statistics mu and sigma, but arr_0"):
+    with pytest.raises(ValueError, match="no mu and sigma, but arr_0"):
         load_statistics(tmp_path / "images.npz")
 
 
@@ -377,7 +377,7 @@ def test_a_bad_place_for_images_is_an_error_before_the_first_image(tmp_path):
     with pytest.raises(FileNotFoundError, match="no folder of images and no .npz at .*a.txt"):
         ImageSet(str(tmp_path / "a.txt"))
     np.savez(tmp_path / "a.npz", mu=np.zeros(3))
-    with pytest.raises(KeyError, match="arr_0 is not a file in the archive"):
+    with pytest.raises(ValueError, match="no arr_0, but"):
         ImageSet(str(tmp_path / "a.npz"))
     for arrays, message in ((dict(arr_0=np.zeros((2, 4, 4, 3))), "not uint8"),
                             (dict(arr_0=np.zeros((2, 3, 4, 4), np.uint8)), "not uint8"),
