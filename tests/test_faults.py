@@ -292,7 +292,8 @@ def check_cache(folder, source, found, case):
 
 LEARN = ["--samples", "24", "--batch_size", "4", "--ssl_batch_size", "2", "--rec_batch_size", "2",
          "--prototypes", "32", "--n_local", "2", "--train_size", "32", "--eval_samples", "8",
-         "--log_every", "1", "--precision", "fp32", "--eval_every", "3", "--checkpoint_every", "2", "--drop_path_ssl", "0.4"]
+         "--log_every", "1", "--precision", "fp32", "--eval_every", "3", "--checkpoint_every", "2",
+         "--drop_path_ssl", "0.4"]
 DRAW = ["--samples", "48", "--batch_size", "8", "--train_size", "32", "--log_every", "1", "--eval_every", "3",
         "--checkpoint_every", "2", "--precision", "fp32", "--steps", "3", "--eval_samples", "8"]
 MEASURE = ["--n_val", "16", "--n_train", "32", "--n_samples", "12", "--batch_size", "8"]
