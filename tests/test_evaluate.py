@@ -981,6 +981,26 @@ def test_the_judge_is_trained_once_for_a_set_and_its_classes(tmp_path, monkeypat
 # ----- Measuring ------------------------------------------------------------------------------------------
 
 @torch.no_grad()
+def test_images_become_8_bits_by_truncation_and_reconstructions_are_clamped(images):
+    """As the authors have it: 0.9999 is 254."""
+    assert evaluate.to_uint8(torch.tensor([0.0, 0.5, 0.9999, 1.0])).tolist() == [0, 127, 254, 255]
+    pixels = images[:2] / 255
+    twice = SimpleNamespace(encode=lambda x: denormalize(x), decode=lambda x: normalize(2 * x - 0.5))
+    rebuilt, measured = evaluate.reconstruct(twice, pixels)
+    expected = (2 * pixels - 0.5).clamp(0, 1)
+    torch.testing.assert_close(rebuilt, expected, **FP32)      # there and back through normalize
+    torch.testing.assert_close(measured["psnr"], psnr(expected, pixels), **FP32)
+
+
+def test_each_image_keeps_its_caption(model, images):
+    captions = [f"blob number {i}" for i in range(4)]
+    subject = evaluate.Subject(model, byte_tokenizer, n_layers=1)
+    found = subject.features(images[:4], captions, torch.arange(4))["text_features"]
+    for caption, feature in zip(captions, found):
+        alone = model.encode_text(byte_tokenizer([caption], 64)).float()[0]
+        torch.testing.assert_close(feature, alone, **FP32)      # products of another shape
+
+
 def test_measure_leaves_out_what_has_no_label_and_what_the_model_cannot_do(model, images, monkeypatch,
                                                                            rotation_in_fp32):
     probed = []
