@@ -16,9 +16,8 @@ on:
         --steps 250 --shift 0.075
 
 Go on after a stop, bit for bit: the same command with --resume (or just --out FOLDER --resume). Ctrl-C and
-SIGTERM stop a run after its step, with a checkpoint. The folder
-gets run.json, metrics.jsonl, checkpoint.pt (loads in LightningDiT: {'ema': ...}), latents_stats.pt and
-samples_*.png.
+SIGTERM stop a run after its step, with a checkpoint. The folder gets run.json, metrics.jsonl, checkpoint.pt
+(loads in LightningDiT: {'ema': ...}), latents_stats.pt and samples_*.png.
 """
 import argparse
 import contextlib
