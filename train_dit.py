@@ -274,6 +274,7 @@ def is_complete(folder):
 
 
 def part_path(folder, k):
+    """Where part k lies."""
     return os.path.join(folder, f"{k:05d}.bin")
 
 

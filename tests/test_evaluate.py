@@ -1163,7 +1163,7 @@ def test_two_ranks_measure_the_same(evaluated):
     two_ranks.mkdir()
     run_script([evaluated / "in_fp32.py", two_ranks, "--tokenizer", evaluated / "tok",
                 "--dit", evaluated / "dit", *SMALL, "--out", two_ranks], n_ranks=2)
-    one, *of_ranks = (torch.load(folder / f"collected{r}") for folder, r in (
+    one, *of_ranks = (torch.load(folder / f"collected{r}", weights_only=True) for folder, r in (
         (evaluated, 0), (two_ranks, 0), (two_ranks, 1)))
     assert [len(collected["logits" if k else "psnr"]) for k, collected in enumerate(one)] == [23, 48, 11]
     for two in of_ranks:
