@@ -91,7 +91,10 @@ def load_arrays(path, needed, others=()):
         with np.load(path) as archive:
             if not set(needed) <= set(archive.files):
                 raise ValueError(f"it holds no {' and '.join(needed)}, but {', '.join(archive.files)}")
-            return {name: archive[name] for name in (*needed, *others) if name in archive}
+            found = {name: archive[name] for name in (*needed, *others) if name in archive}
+            if not all(isinstance(x, np.ndarray) for x in found.values()):  # NumPy gives others as bytes
+                raise ValueError("an entry is no array")
+            return found
     except FileNotFoundError:
         raise
     except Exception as error:  # on broken bytes zipfile and NumPy raise almost anything

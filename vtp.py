@@ -717,8 +717,11 @@ def check_zip(path):
     """ValueError or zipfile's errors: not all of a zip file is as it was written. Neither torch.load nor
     NumPy looks at its checksums, and a flipped bit would be another weight."""
     with zipfile.ZipFile(path) as archive:
-        if broken := archive.testzip():
-            raise ValueError(f"{broken} in it has not its checksum")
+        broken = archive.testzip()
+        # its flag of a folder makes torch leave a tensor's memory as it was
+        broken = broken or next((x.filename for x in archive.infolist() if x.external_attr & 16), None)
+        if broken:
+            raise ValueError(f"{broken!r} in it is not as it was written")
 
 
 def load_tensors(path, map_location="cpu"):
