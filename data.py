@@ -571,10 +571,12 @@ def adjust_brightness(x, change):
 
 
 def adjust_contrast(x, change):
+    """About the mean brightness of each image."""
     return away_from(x, to_grey(x).mean(dim=(2, 3), keepdim=True), change)
 
 
 def adjust_saturation(x, change):
+    """About the brightness of each pixel."""
     return away_from(x, to_grey(x), change)
 
 
@@ -901,10 +903,12 @@ def draw_parameters(indices, split, seed=0):
 
 
 def length(x, y):
+    """Of the vectors (x, y), elementwise."""
     return np.sqrt(x * x + y * y)
 
 
 def blend(first, second, weight):
+    """From first, at weight 0, to second, at weight 1."""
     return first + (second - first) * weight
 
 

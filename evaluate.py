@@ -1007,6 +1007,9 @@ def recorded_arguments(run):
     arguments = read_json(path).get("arguments")
     if not isinstance(arguments, dict):
         raise ValueError(f"{path} holds no arguments of a run")
+    for name in ("tokenizer", "data", "val_data", "classnames", "bpe", "cache", "latents_stats", "init"):
+        if not isinstance(arguments.get(name), (str, type(None))):
+            raise ValueError(f"{path} is broken: {name} is no path but {arguments[name]!r:.80}")
     return arguments
 
 

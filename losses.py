@@ -209,14 +209,17 @@ def leave_distributed():
 
 
 def world_size():
+    """Number of ranks, 1 without a process group."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def rank():
+    """This process's number among the ranks, 0 without a process group."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def barrier():
+    """Wait until every rank is here."""
     if dist.is_initialized():
         dist.barrier()
 

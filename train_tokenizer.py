@@ -977,15 +977,19 @@ def record_run(args, step):
 
 
 def matmul_rate(device):
-    """FLOP/s of a bf16 matrix product, measured here and now: what a step's rate is compared with."""
-    n = 2048 if device.type == "cpu" else 8192
-    a = torch.randn(n, n, device=device, dtype=torch.bfloat16)
+    """FLOP/s of a bf16 matrix product, measured here and now: what a step's rate is compared with.
+    A CPU tries larger ones until one takes 50 ms: without instructions for bf16 a large one takes minutes."""
+    for n in (256, 512, 1024, 2048) if device.type == "cpu" else (8192,):
+        a = torch.randn(n, n, device=device, dtype=torch.bfloat16)
 
-    def multiply():
-        a @ a
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-    return 2 * n ** 3 / min(timeit.repeat(multiply, repeat=5, number=1))
+        def multiply():
+            a @ a
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+        seconds = min(timeit.repeat(multiply, repeat=5, number=1))
+        if seconds > 0.05:
+            break
+    return 2 * n ** 3 / seconds
 
 
 class Log:

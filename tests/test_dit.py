@@ -70,6 +70,16 @@ def test_forward_is_lightningdits(released):
     torch.testing.assert_close(out, expected["out"], **FP32)
 
 
+@torch.no_grad()
+def test_every_norm_is_an_rms_norm_whose_eps_counts():
+    """LightningDiT's eps is 1e-6; values of order 1 would not tell it from the encoder's 1e-5."""
+    for name, norm in lively(use_qk_norm=True).named_modules():
+        if isinstance(norm, torch.nn.RMSNorm):
+            x = 2e-3 * torch.randn(4, len(norm.weight))
+            expected = x / (x.square().mean(dim=-1, keepdim=True) + 1e-6).sqrt() * norm.weight
+            torch.testing.assert_close(norm(x), expected, **FP32, msg=lambda m: f"{name}: {m}")
+
+
 def test_guidance_on_three_channels_is_the_authors(released):
     model, expected = released
     x = expected["cfg_z"][:2]
@@ -225,6 +235,9 @@ def test_flow_matching_is_its_definition():
     expected = ((v - target) ** 2).mean().item() + 1 - cosines / 8
     assert flow_loss(v, target).item() == pytest.approx(expected, rel=1e-5)         # fp32 sums
     assert flow_loss(target, target).item() == pytest.approx(0, abs=1e-6)           # 1 - 1 in fp32
+    short = 0.04 * target / target.norm(dim=1, keepdim=True)        # of a cosine's eps of 0.1
+    expected = ((short - target) ** 2).mean().item() + 1 - 0.4
+    assert flow_loss(short, target).item() == pytest.approx(expected, rel=1e-5)
     normals = torch.randn(100_000, generator=torch.Generator().manual_seed(0))
     logits = torch.logit(dit.draw_timesteps(normals, -0.5, 1.25))
     # 5 standard errors

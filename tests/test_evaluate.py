@@ -1249,7 +1249,7 @@ def test_a_tokenizers_path_may_end_with_a_slash_or_be_relative(evaluated, tmp_pa
 
 
 def test_a_broken_record_of_a_run_is_named(tmp_path):
-    for content in ("{", "[]", '{"arguments": 3}', ""):
+    for content in ("{", "[]", '{"arguments": 3}', "", '{"arguments": {"tokenizer": 3}}'):
         (tmp_path / "run.json").write_text(content)
         with pytest.raises(ValueError, match="run.json"):
             evaluate.recorded_arguments(str(tmp_path))

@@ -840,6 +840,15 @@ def test_a_second_signal_ends_a_run_at_once(tmp_path):
     assert b"once more stops it at once" in process.stderr.read()
 
 
+@pytest.mark.parametrize("seconds, n_tried", [(1e-3, 4), (0.06, 1)])
+def test_the_rate_of_matrix_products_is_measured_in_little_time(monkeypatch, seconds, n_tried):
+    """On a CPU without instructions for bf16 one product of side 2048 takes more than a minute."""
+    tried = []
+    monkeypatch.setattr(train.timeit, "repeat", lambda *a, **k: tried.append(1) or [seconds] * 5)
+    rate = train.matmul_rate(torch.device("cpu"))
+    assert len(tried) == n_tried and rate == 2 * (256 * 2 ** (n_tried - 1)) ** 3 / seconds
+
+
 def test_no_checkpoint_is_older_than_fifteen_minutes(monkeypatch):
     clock = [1000.0]
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
