@@ -444,12 +444,16 @@ def make_loader(stream, pin_memory=False):
     n = stream.n_workers
     return torch.utils.data.DataLoader(stream, batch_size=None, num_workers=n, pin_memory=pin_memory,
                                        prefetch_factor=4 if n else None, persistent_workers=n > 0,
-                                       worker_init_fn=outlive_signals)
+                                       worker_init_fn=functools.partial(begin_worker, os.getpid()))
 
 
-def outlive_signals(_):
-    """Ctrl-C and SIGTERM may reach loader processes, too: they serve on while their rank ends its step and
-    saves, for 30 seconds, which is what schedulers leave it."""
+def begin_worker(pid_of_rank, _):
+    """For a loader process. Ctrl-C and SIGTERM may reach it, too: it serves on while its rank ends its step
+    and saves, for 30 seconds, which is what schedulers leave it. PyTorch ends it when its rank has died, but
+    not if that was before it began to watch."""
+    if os.getppid() != pid_of_rank:
+        os._exit(1)
+
     def serve_on(*_):
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         signal.alarm(30)

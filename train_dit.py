@@ -308,7 +308,8 @@ def encode_parts(folder, about, parts, source, encode, n_workers, batch_size=256
     if n_bytes > free:
         raise OSError(f"the latents need {n_bytes:,} bytes in {folder}, where {free:,} are free")
     reader, skipped, unfinished = PartReader(source, about, parts, n_workers), Counter(), {}
-    loader = torch.utils.data.DataLoader(reader, batch_size, num_workers=n_workers, collate_fn=reader.collate)
+    loader = torch.utils.data.DataLoader(reader, batch_size, num_workers=n_workers, collate_fn=reader.collate,
+                                         worker_init_fn=functools.partial(data.begin_worker, os.getpid()))
     bar = tqdm(total=math.ceil(n_rows / world_size()), unit=" images", desc="encoding", disable=rank() != 0,
                dynamic_ncols=True)
     for places, images, labels, reasons, finished in loader:

@@ -5,6 +5,8 @@ import io
 import itertools
 import json
 import os
+import subprocess
+import sys
 import tarfile
 from collections import Counter
 
@@ -15,7 +17,7 @@ import torch
 from PIL import Image
 
 import data
-from conftest import FIXTURES, SHARED
+from conftest import FIXTURES, ROOT, SHARED
 from data import (BadSample, ClipBPE, FolderSource, SampleStream, TarSource, augment,
                   byte_tokenizer, clip_view, colour_jitter, draw_boxes, draw_mask_counts,
                   draw_masks, each_sample, expand_paths, gaussian_blur, load_canvas,
@@ -422,6 +424,15 @@ def test_tars_are_read_once_an_epoch(tars, monkeypatch):
     monkeypatch.setattr(tarfile, "open", lambda *a, **k: opened.append(a[0]) or real(*a, **k))
     take(tar_stream(tars, buffer=4), 14)
     assert len(opened) == 3 and len(set(opened)) == 3
+
+
+def test_a_loader_process_whose_rank_has_died_ends():
+    """Also where that was before it could begin to watch its rank: it would wait for work for ever."""
+    code = "import os, data; data.begin_worker({}, 0); print('serves')"
+    for pid_of_rank, served in (("os.getppid()", "serves\n"), ("os.getppid() + 1", "")):
+        done = subprocess.run([sys.executable, "-c", code.format(pid_of_rank)], cwd=ROOT, text=True,
+                              capture_output=True)
+        assert done.stdout == served and (done.returncode == 0) == bool(served)
 
 
 def test_what_is_broken_is_skipped_and_counted(tmp_path):

@@ -14,6 +14,7 @@ import shutil
 import signal
 import sys
 import tarfile
+import threading
 import time
 import zlib
 from collections import Counter
@@ -25,6 +26,7 @@ import pytest
 import torch
 import torch._dynamo  # the optimizer needs it, and each forked process would import it
 from PIL import Image
+from tqdm import tqdm
 
 import data
 import dit
@@ -331,15 +333,21 @@ class Run:
     def __init__(self, main, arguments, log):
         def child():
             os.setsid()
+            # tqdm's own lock is shared with all forked processes: one that is killed might hold it for ever
+            tqdm.set_lock(threading.RLock())
+            torch.set_num_threads(1)        # OpenMP's threads do not survive a fork
             sys.stdout = sys.stderr = open(log, "a", buffering=1)
+            for descriptor in (1, 2):       # nor may a process that stays hold the pipe of whoever runs this
+                os.dup2(sys.stdout.fileno(), descriptor)
             main([str(x) for x in arguments])
         self.log, self.process = log, multiprocessing.get_context("fork").Process(target=child)
         self.process.start()
 
     def end(self, seconds=None):
         """Wait, or after so many seconds kill -> did it end by itself?"""
-        self.process.join(seconds)
+        self.process.join(120 if seconds is None else seconds)
         if self.process.exitcode is None:
+            assert seconds is not None, f"it hangs: {Path(self.log).read_text()[-2000:]}"
             os.kill(self.process.pid, signal.SIGKILL)
             self.process.join()
         return self.process.exitcode != -signal.SIGKILL
