@@ -11,6 +11,8 @@ Samples, a folder or a .npz with arr_0, against a reference (the same, or the st
 One's own images through a tokenizer; the paper's figures for several runs:
     python evaluate.py --images my_photos
     python evaluate.py --plot runs/tokenizer runs/ae
+The paper's finding in small: tokenizers of four kinds and four levels of compute, and a DiT on each:
+    python evaluate.py --study runs/study --hours 2
 
 It prints a table and leaves results.json and pictures in --out.
 """
@@ -19,9 +21,14 @@ import itertools
 import json
 import math
 import os
+import subprocess
+import sys
+import threading
+import time
 import zipfile
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
-from contextlib import suppress
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 
@@ -174,6 +181,18 @@ def balanced_accuracy(predictions, labels):
     """Accuracy within each class that occurs in labels (n,), averaged over these classes."""
     accuracies = [(predictions[labels == c] == c).float().mean() for c in labels.unique()]
     return torch.stack(accuracies).mean().item()
+
+
+def class_share(features, labels):
+    """Share of the variance of features (n, D), labels int64 (n,), that lies between the means of classes, of
+    1; 0 on average if the labels say nothing (epsilon squared). Where a probe tells whether the class can be
+    read, this tells how much of the spread it is."""
+    features, n = features.float(), len(labels)
+    classes, numbers = labels.unique(return_inverse=True)
+    counts = numbers.bincount().float()[:, None]
+    sums = features.new_zeros(len(classes), features.shape[1]).index_add_(0, numbers, features)
+    within = (features - (sums / counts)[numbers]).square().sum() / max(n - len(classes), 1)
+    return 1 - (within / features.var(dim=0).sum().clamp(min=1e-12)).item()
 
 
 def knn_predict(train_features, train_labels, features, k=20, temperature=0.07):
@@ -598,6 +617,7 @@ class Subject:
     bf16: bool = False  # under autocast, as in training
     n_layers: int = 4  # for DINO-style probes; 1: probe the latents alone
     network: nn.Module | None = None
+    others: tuple = ()  # ((suffix of its figures of samples, network), ...): further networks
     lpips: nn.Module | None = None
     class_names: list | None = None
     templates: tuple = data.TEMPLATES
@@ -614,7 +634,7 @@ class Subject:
             features, cls, patches = probe_features(model, normalize(pixels), self.n_layers)
             features["labels"] = labels
             if is_training_set:
-                return features | (fid_features(self.network, canvases) if self.network else {})
+                return features | self.sample_features(canvases)
             if config.train_reconstruction:
                 latents = model.to_latents(patches, *pixels.shape[-2:])
                 rebuilt, measured = reconstruct(model, pixels, latents, self.lpips)
@@ -630,6 +650,12 @@ class Subject:
             for name, images in (("real", canvases), ("rec", to_uint8(rebuilt))):
                 features.update({f"{name}_{k}": x for k, x in fid_features(self.network, images).items()})
         return features
+
+    def sample_features(self, images):
+        """fid_features of uint8 images by each network; those of `others` have their suffix."""
+        networks = (("", self.network), *self.others) if self.network else ()
+        return {f"{k}{suffix}": x for suffix, network in networks
+                for k, x in fid_features(network, images).items()}
 
 
 def collect_features(subject, samples, batch_size=128, name=None, is_training_set=False):
@@ -673,6 +699,7 @@ def measure(subject, held_out, gallery, seed=0, **options):
                 figures = linear_probe(train_x, train_labels, test_x, test_labels, seed)
                 is_right = knn_predict(train_x, train_labels, test_x) == test_labels
                 figures["knn"] = is_right.float().mean().item()
+                figures["class_share"] = class_share(train_x, train_labels)
                 row.update({prefix + figure: x for figure, x in figures.items()})
         row["chance"] = 1 / len(test_labels.unique())
     return row, test, train
@@ -830,11 +857,12 @@ def nice_ticks(low, high, n=5):
     return [k * step for k in range(math.ceil(low / step), math.floor(high / step) + 1)]
 
 
-def draw_chart(lines, title, x_label="", y_label="", log_x=False, size=(440, 300)):
-    """Lines {name: (xs, ys)}, xs rising (and positive for log_x) -> Pillow image.
-    Several lines get a legend. A name that starts with "chance" is drawn thin and grey."""
+def draw_chart(lines, title, x_label="", y_label="", log_x=False, size=(440, 300), bands=None, joined=True):
+    """Lines {name: (xs, ys)}, xs rising (and positive for log_x) -> Pillow image; joined False: only dots.
+    Several lines get a legend. A name that starts with "chance" is drawn thin and grey.
+    bands {name: (xs, lows, highs)} are shaded behind the lines of these names."""
     image = Image.new("RGB", size, "white")
-    draw, left, top, right, bottom = ImageDraw.Draw(image), 52, 34, size[0] - 16, size[1] - 40
+    draw, left, top, right, bottom = ImageDraw.Draw(image, "RGBA"), 52, 34, size[0] - 16, size[1] - 40
     draw.font, grey = ImageFont.load_default(11), "#555555"
     colours, legend_x = itertools.cycle(CHART_COLOURS), left
     draw.text((left, 6), title, "black", ImageFont.load_default(14))
@@ -850,14 +878,16 @@ def draw_chart(lines, title, x_label="", y_label="", log_x=False, size=(440, 300
         legend_x += width
     paths = {name: np.array([np.log10(xs) if log_x else xs, ys], float).T for name, (xs, ys) in lines.items()}
     paths = {name: path[np.isfinite(path).all(axis=1)] for name, path in paths.items()}  # each (n, 2)
-    points = np.concatenate([np.empty((0, 2)), *paths.values()])
+    areas = {name: np.concatenate((np.array((xs, lows)).T, np.array((xs, highs)).T[::-1]))
+             for name, (xs, lows, highs) in (bands or {}).items()}  # each (2 n, 2), around the band
+    if log_x:
+        areas = {name: np.stack((np.log10(area[:, 0]), area[:, 1]), axis=1) for name, area in areas.items()}
+    points = np.concatenate([np.empty((0, 2)), *paths.values(), *areas.values()])
     if not len(points):
         return image
     low, high = points.min(axis=0), points.max(axis=0)
-    if log_x:  # whole decades
-        low[0], high[0] = np.floor(low[0]), np.ceil(high[0])
     high += high == low
-    margin = 0.05 * (high - low) * (0, 1)
+    margin = 0.05 * (high - low)
     low, high, top = low - margin, high + margin, top + 14
 
     def to_pixels(points):
@@ -866,13 +896,18 @@ def draw_chart(lines, title, x_label="", y_label="", log_x=False, size=(440, 300
         y = to_pixels((low[0], tick))[1]
         draw.line([(left, y), (right, y)], "#e4e4e4")
         draw.text((left - 5, y), short_number(tick), grey, anchor="rm")
-    for tick in np.arange(low[0], high[0] + 1) if log_x else nice_ticks(low[0], high[0]):
+    decades = [d for d in range(math.floor(low[0]), math.ceil(high[0]) + 1)] if log_x else ()
+    log_ticks = [d + math.log10(m) for d in decades for m in ((1, 2, 5) if len(decades) < 4 else (1,))]
+    for tick in [t for t in log_ticks if low[0] <= t <= high[0]] if log_x else nice_ticks(low[0], high[0]):
         x = to_pixels((tick, low[1]))[0]
         draw.text((x, bottom + 6), short_number(10 ** tick if log_x else tick), grey, anchor="mt")
+    for name, area in areas.items():
+        draw.polygon([tuple(place) for place in to_pixels(area)], styles[name][0] + "30")
     for name, (colour, width) in styles.items():
         places = [tuple(place) for place in to_pixels(paths[name])]
-        draw.line(places, colour, width)
-        for x, y in places if len(places) <= 12 and width == 2 else ():
+        if joined:
+            draw.line(places, colour, width)
+        for x, y in places if width == 2 and (len(places) <= 12 or not joined) else ():
             draw.ellipse((x - 3, y - 3, x + 3, y + 3), colour)
     return image
 
@@ -953,6 +988,291 @@ def plot_runs(runs):
     return chart_sheet(charts, columns=2)
 
 
+# ----- The study: does understanding drive generation? (the paper's figures 2, 4, 5, 6, 7) ----------------
+# Each of its runs is an ordinary one of the three scripts, in FOLDER/NAME: tokenizer/, dit/ and evaluation/.
+# commands.jsonl there says how it was made, and how long that took. All runs have one DiT budget, on one
+# training set, and one pair of judges; what differs is the tokenizer.
+
+VARIANTS = {"AE": ("--lambda_clip", "0", "--lambda_ssl", "0"), "SSL+AE": ("--lambda_clip", "0"),
+            "CLIP+AE": ("--lambda_ssl", "0"), "CLIP+SSL+AE": ()}
+ENDS = ("AE", "CLIP+SSL+AE")                        # what is compared where all four would take too long
+STUDY_SAMPLES = (10_240, 20_480, 40_960, 81_920)    # seen by the tokenizer: the levels of compute
+STUDY_SEEDS = 3                                     # at the lowest and the highest level
+STUDY_IMAGES = (256, 1024, 4096)                    # in the tokenizer's training set, beside all of them
+STUDY_ENCODERS = ("tiny-128", "tiny-192")           # beside tiny
+STUDY_RATES = (2.5e-4, 1e-3)                        # of learning, for the AE, beside tiny's own of 5e-4
+SCRIPTS = ("train_tokenizer.py", "train_dit.py", "evaluate.py")
+
+
+@dataclass(frozen=True)
+class StudyRun:
+    """A tokenizer of the study, the DiT on it, and their figures."""
+    variant: str
+    samples: int
+    seed: int = 0
+    change: str = ""        # what sets it apart from the runs of the ladder, in its name
+    options: tuple = ()     # of train_tokenizer.py, and so are the variant's
+
+    @property
+    def name(self):
+        change = "-" + self.change.replace(" ", "_") if self.change else ""
+        return f"{self.variant}-{self.samples}-seed{self.seed}{change}"
+
+
+def plan_study(is_quick, is_built_in):
+    """Its runs, in an order in which those that were made say the most. Other data than the built-in set gets
+    the two end points of the finding alone."""
+    first, *middle, last = STUDY_SAMPLES
+    if is_quick:
+        return [StudyRun(variant, middle[-1]) for variant in ENDS]
+    if not is_built_in:
+        return [StudyRun(variant, last, seed) for seed in range(STUDY_SEEDS) for variant in ENDS]
+    between = tuple(variant for variant in VARIANTS if variant not in ENDS)
+    runs = [StudyRun(variant, samples, seed) for variants in (ENDS, between) for seed in range(STUDY_SEEDS)
+            for samples in (last, first) for variant in variants]
+    runs += [StudyRun("CLIP+SSL+AE", last, seed, "features", ("--bottleneck_ae_only",))
+             for seed in range(STUDY_SEEDS)]
+    runs += [StudyRun(variant, samples) for samples in reversed(middle) for variant in VARIANTS]
+    runs += [StudyRun("AE", middle[-1], 0, f"lr {lr}", ("--lr", f"{lr}")) for lr in STUDY_RATES]
+    runs += [StudyRun(variant, middle[-1], 0, f"{n} images", ("--train_size", f"{n}"))
+             for n in STUDY_IMAGES for variant in ENDS]
+    return runs + [StudyRun(variant, middle[-1], 0, model, ("--model", model))
+                   for model in STUDY_ENCODERS for variant in ENDS]
+
+
+def study_commands(args, run):
+    """[(script, its arguments)] of a run."""
+    folder = os.path.join(args.study, run.name)
+    tokenizer, dit, judge = (os.path.join(*path) for path in (
+        (folder, "tokenizer"), (folder, "dit"), (args.study, "judge.pt")))
+    of_data = [x for name in ("data", "label", "classnames") if getattr(args, name)
+               for x in (f"--{name}", getattr(args, name))]
+    held_out = ["--val_data", args.val_data] if args.val_data else []
+    # a measure at the start and one at the end; evaluate.py measures on more
+    few = ["--eval_samples", "256", "--eval_every", f"{run.samples}"]
+    return [
+        (SCRIPTS[0], [*VARIANTS[run.variant], *run.options, "--samples", f"{run.samples}",
+                      "--seed", f"{run.seed}", *few, *of_data, *held_out, "--out", tokenizer]),
+        (SCRIPTS[1], ["--tokenizer", tokenizer, "--seed", f"{run.seed}", "--eval_samples", "0", *of_data,
+                      "--out", dit]),
+        (SCRIPTS[2], ["--tokenizer", tokenizer, "--dit", dit, "--judge", judge, "--judges", "2",
+                      "--fid_features", "judge", "--lpips", "none", "--guidance", "4", "1",
+                      "--n_val", "1024", "--n_train", "4096", "--out", os.path.join(folder, "evaluation")])]
+
+
+class Study:
+    """Makes the runs of a plan, --jobs at a time, until all are there or --hours are over."""
+    def __init__(self, args):
+        self.args, self.runs = args, plan_study(args.quick, args.data is None)
+        self.deadline, self.children, self.lock = time.time() + 3600 * args.hours, set(), threading.Lock()
+        self.jobs = args.jobs or (1 if torch.cuda.is_available() else os.cpu_count())
+        self.stop, self.judging = threading.Event(), threading.Lock()
+
+    def make(self):
+        """Run what is missing. UserError: a script failed."""
+        n_left = sum(script not in self.done(run) for run in self.runs for script in SCRIPTS)
+        with ThreadPoolExecutor(self.jobs) as pool, tqdm(total=n_left, unit=" commands", dynamic_ncols=True,
+                                                         desc="study", smoothing=0) as self.bar:
+            futures = [pool.submit(self.make_run, run) for run in self.runs]
+            try:
+                while not all(future.done() for future in futures):
+                    time.sleep(0.5)
+                    if time.time() > self.deadline or any(f.done() and f.exception() for f in futures):
+                        self.end()
+            except BaseException:
+                self.end()
+                raise
+        for future in futures:
+            future.result()
+
+    def end(self):
+        """Begin nothing more; training scripts leave a checkpoint on SIGTERM."""
+        self.stop.set()
+        with self.lock:
+            for child in self.children:
+                child.terminate()
+            self.children.clear()
+
+    def done(self, run):
+        """{script: seconds} of what a run has behind it, all calls of it together."""
+        path = os.path.join(self.args.study, run.name, "commands.jsonl")
+        rows = [json.loads(line) for line in open(path)] if os.path.isfile(path) else []
+        return {script: sum(row["seconds"] for row in rows if row["script"] == script)
+                for script in {row["script"] for row in rows if row["returncode"] == 0}}
+
+    def make_run(self, run):
+        for script, arguments in study_commands(self.args, run):
+            has_judges = os.path.isfile(os.path.join(self.args.study, "judge_1.pt"))
+            with self.judging if script == SCRIPTS[-1] and not has_judges else nullcontext():
+                if script not in self.done(run) and not self.stop.is_set():
+                    self.call(run, script, arguments)
+
+    def call(self, run, script, arguments):
+        """One script, as a person would call it, with its screen in a file; what came of it is noted."""
+        folder = os.path.join(self.args.study, run.name)
+        os.makedirs(folder, exist_ok=True)
+        if script != "evaluate.py" and os.path.isfile(os.path.join(arguments[-1], "run.json")):
+            arguments = ["--out", arguments[-1], "--resume"]
+        here = os.path.dirname(os.path.abspath(__file__))
+        command = [sys.executable, os.path.join(here, script), *arguments]
+        environment = os.environ | dict(OMP_NUM_THREADS=str(max(1, os.cpu_count() // self.jobs)))
+        log, start = os.path.join(folder, f"{script[:-3]}.log"), time.time()
+        with open(log, "a") as screen:
+            with self.lock:
+                if self.stop.is_set():
+                    return
+                child = subprocess.Popen(command, stdout=screen, stderr=screen, env=environment)
+                self.children.add(child)
+            code = child.wait()
+        with self.lock:
+            self.children.discard(child)
+        row = dict(script=script, arguments=arguments, seconds=round(time.time() - start), returncode=code)
+        with open(os.path.join(folder, "commands.jsonl"), "a") as f:
+            f.write(json.dumps(row) + "\n")
+        if code != 0 and not self.stop.is_set():
+            raise UserError(f"{script} of {run.name} failed: see the end of {log}")
+        if code == 0:
+            self.bar.update()
+            tqdm.write(f"{run.name}: {script} took {row['seconds']} s")
+
+    def results(self):
+        """A row for each run that has been made: its figures, its tokenizer's FLOPs, seconds of all."""
+        rows = []
+        for run in self.runs:
+            folder, seconds = os.path.join(self.args.study, run.name), self.done(run)
+            if SCRIPTS[-1] in seconds:
+                figures = read_json(os.path.join(folder, "evaluation", "results.json"))["figures"]
+                tokenizer = os.path.join(folder, "tokenizer")
+                arguments, flops = recorded_arguments(tokenizer), read_metrics(tokenizer)[-1]["flops"]
+                rows.append(dict(name=run.name, variant=run.variant, samples=run.samples, seed=run.seed,
+                                 change=run.change, model=arguments["model"], flops=flops,
+                                 train_size=arguments["train_size"], seconds=sum(seconds.values()),
+                                 **figures))
+        return rows
+
+
+STUDY_PANELS = (  # title, unit, figure
+    ("generation, guidance 4", "gFID (judge)", "gfid"),
+    ("generation, no guidance", "gFID (judge)", "gfid_guidance1"),
+    ("samples of their class, no guidance", "by the judge", "sample_accuracy_guidance1"),
+    ("reconstruction", "PSNR, dB", "psnr"), ("reconstruction", "rFID (judge)", "rfid"),
+    ("understanding: class from latents", "linear probe", "linear_probe"))
+
+
+def spread(rows, x_field, figure):
+    """xs and, at each, the mean, lowest and highest of a figure over seeds."""
+    values = {}
+    for row in rows:
+        if row.get(figure) is not None:
+            values.setdefault(row[x_field], []).append(row[figure])
+    xs = sorted(values)
+    return xs, *([f(values[x]) for x in xs] for f in (lambda v: sum(v) / len(v), min, max))
+
+
+def study_chart(groups, title, x_field, x_label, figure, unit):
+    """Rows {name: rows} of a figure against x_field, seeds as a band -> Pillow image."""
+    points = {name: spread(rows, x_field, figure) for name, rows in groups.items()}
+    return draw_chart({name: (xs, means) for name, (xs, means, *_) in points.items()}, title, x_label, unit,
+                      log_x=True, bands={name: (xs, *ends) for name, (xs, _, *ends) in points.items() if xs})
+
+
+def draw_study(rows, folder):
+    """Its figures from the rows of Study.results: compute.png (the paper's 2 and 5), understanding.png (its
+    4 and 6), data_and_size.png (7a and 7b)."""
+    def of(variant, **wanted):
+        wanted["variant"] = variant
+        return [row for row in rows if all(row[k] == value for k, value in wanted.items())]
+    ladder = {variant: of(variant, change="") for variant in VARIANTS}
+    charts = [study_chart(ladder, title, "flops", "training FLOPs of the tokenizer", figure, unit)
+              for title, unit, figure in STUDY_PANELS]
+    save_image(chart_sheet(charts, columns=3), os.path.join(folder, "compute.png"))
+    groups = {**ladder, "CLIP+SSL+AE, read before the bottleneck": of("CLIP+SSL+AE", change="features")}
+    charts = []
+    for title, label, x in (("meaning", "linear probe on latents", "linear_probe"),
+                            ("share of spread", "share of the latents' variance", "class_share"),
+                            ("pixels", "PSNR, dB", "psnr")):
+        dots = {name: sorted((row[x], row["gfid_guidance1"]) for row in group)
+                for name, group in groups.items()}
+        dots = {name: tuple(zip(*pairs)) or ((), ()) for name, pairs in dots.items()}
+        charts.append(draw_chart(dots, title, label, "gFID (judge), no guidance", joined=False))
+    save_image(chart_sheet(charts, columns=3), os.path.join(folder, "understanding.png"))
+    rows_of = {variant: of(variant, samples=STUDY_SAMPLES[-2]) for variant in ENDS}
+    data_rows = {variant: [row for row in rows if row["change"] in ("", f"{row['train_size']} images")]
+                 for variant, rows in rows_of.items()}
+    size_rows = {variant: [row for row in rows if row["change"] in ("", row["model"])]
+                 for variant, rows in rows_of.items()}
+    charts = [study_chart(data_rows, "data", "train_size", "images in the tokenizer's training set",
+                          "gfid_guidance1", "gFID (judge), no guidance"),
+              study_chart(size_rows, "size of the encoder", "flops", "training FLOPs of the tokenizer",
+                          "gfid_guidance1", "gFID (judge), no guidance")]
+    save_image(chart_sheet(charts, columns=2), os.path.join(folder, "data_and_size.png"))
+
+
+STUDY_TABLE = (("PSNR", "psnr", 1), ("rFID", "rfid", 3), ("linear probe", "linear_probe", 3),
+               ("k-NN", "knn", 3), ("class share", "class_share", 3), ("zero-shot", "zero_shot_top1", 3),
+               ("gFID", "gfid", 2), ("of their class", "sample_accuracy", 3),
+               ("gFID, w = 1", "gfid_guidance1", 2),
+               ("of their class, w = 1", "sample_accuracy_guidance1", 3),
+               ("precision, w = 1", "precision_guidance1", 3), ("recall, w = 1", "recall_guidance1", 3),
+               ("gFID, second judge", "gfid_judge1", 2))
+
+
+def study_table(rows):
+    """Markdown: a row for each kind of run, mean and, of several seeds, +- half of their range."""
+    kinds = {}
+    for row in rows:
+        kinds.setdefault((row["variant"], row["samples"], row["change"]), []).append(row)
+    names = [name for name, *_ in STUDY_TABLE]
+    lines = ["| tokenizer | samples | seeds | " + " | ".join(names) + " |", "|---" * (len(names) + 3) + "|"]
+    for (variant, samples, change), group in kinds.items():
+        cells = []
+        for _, figure, digits in STUDY_TABLE:
+            values = [row[figure] for row in group if row.get(figure) is not None]
+            half = f" ± {(max(values) - min(values)) / 2:.{digits}f}" if len(values) > 1 else ""
+            cells.append(f"{sum(values) / len(values):.{digits}f}{half}" if values else "-")
+        name = f"{variant}, {change}" if change else variant
+        lines.append(f"| {name} | {samples} | {len(group)} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def draw_study_samples(args, rows):
+    """samples.png: the AE and the full method at the lowest, a middle and the highest level; one noise,
+    two samples of each class in a row."""
+    chosen = [row for row in rows if row["variant"] in ENDS and not row["change"] and row["seed"] == 0]
+    levels = sorted({row["samples"] for row in chosen})
+    levels = {levels[k] for k in (0, len(levels) // 2, -1)} if levels else ()
+    images, names = [], []
+    for row in sorted(chosen, key=lambda row: (row["variant"], row["samples"])):
+        if row["samples"] in levels:
+            folder = os.path.join(args.study, row["name"])
+            model, stats = open_dit(os.path.join(folder, "dit"), "cpu")
+            tokenizer = VTP.from_pretrained(find_checkpoint(os.path.join(folder, "tokenizer"))).eval()
+            labels = torch.arange(min(model.num_classes, 10)).repeat_interleave(2)
+            noise, _ = noise_and_labels(range(len(labels)), 0, model.latent_shape, 1)
+            recorded = recorded_arguments(os.path.join(folder, "dit"))
+            sampling = {name: recorded[name] for name in SAMPLING}
+            images.append(generate(model, tokenizer, stats, noise, labels, **sampling))
+            names.append(f"{row['variant']}, {short_number(row['samples'])}")
+    if images:
+        save_image(named_rows(images, names), os.path.join(args.study, "samples.png"))
+
+
+def make_study(args):
+    """Make the runs that are missing, then the figures and the table of all that are there."""
+    study = Study(args)
+    study.make()
+    rows = study.results()
+    write_atomically(os.path.join(args.study, "study.json"),
+                     lambda f: f.write((json.dumps(rows, indent=1) + "\n").encode()))
+    text = study_table(rows) + "\n"
+    write_atomically(os.path.join(args.study, "study.md"), lambda f: f.write(text.encode()))
+    draw_study(rows, args.study)
+    draw_study_samples(args, rows)
+    hours = sum(row["seconds"] for row in rows) / 3600
+    print(f"{text}{len(rows)} of {len(study.runs)} runs are there ({hours:.1f} hours, {study.jobs} at a time)"
+          + ("" if len(rows) == len(study.runs) else ": the same command makes the rest"))
+
+
 # ----- The command ----------------------------------------------------------------------------------------
 
 def make_parser():
@@ -968,6 +1288,11 @@ def make_parser():
     option("--samples", "a folder of images or a .npz with arr_0, instead of --tokenizer and --dit")
     option("--images", "a folder of one's own images: their reconstructions alone")
     option("--plot", "draw the paper's figures for these runs alone", nargs="+")
+    option("--study", "a folder for the runs, figures and table of the study, which are made there alone; on "
+           "--data, if given, else on the built-in set. The same command goes on after a stop")
+    group.add_argument("--quick", action="store_true", help="of the study, two variants, one level, one seed")
+    option("--hours", "after which the study stops, for now", 1000.0, float)
+    option("--jobs", "runs of the study at a time [on a GPU 1, else one a core]", type=int)
     group = parser.add_argument_group("data; default: what --tokenizer was trained on")
     option("--data", "training set, for probes and as a reference")
     option("--val_data", "held-out set")
@@ -987,12 +1312,15 @@ def make_parser():
     group = parser.add_argument_group("how")
     option("--fid_features", "inception: FID proper; judge: a classifier trained on the set (default of the "
            "built-in one, foreign to Inception); none", choices=("inception", "judge", "none"))
+    option("--judge", "its file, made if it is not there; default: judge.pt in the DiT's cache, or in --out")
+    option("--judges", "how many, each of another seed; figures of the second end in _judge1", 1, int)
     option("--inception", "path of its weights; auto fetches them", "auto")
     option("--lpips", "folder of its two files, auto fetches them; default: auto, none for the built-in set")
     option("--steps", "points of the sampler's grid; default, here and below: as of --dit", type=int)
     option("--method", "of the sampler", choices=METHODS)
     option("--shift", "of the sampler's times", type=float)
-    option("--guidance", "of the sampler; 1: none", type=float)
+    option("--guidance", "of the sampler; 1: none. Figures of a second one end in its value", type=float,
+           nargs="+")
     option("--seed", "of samples, and of the probes' split", 0, int)
     option("--batch_size", "images together on a rank", 128, int)
     option("--out", "default: evaluation/ in --tokenizer, or runs/evaluation")
@@ -1031,8 +1359,8 @@ def read_settings(argv=None):
     args.tokenizer = os.path.abspath(args.tokenizer) if is_local else args.tokenizer    # as runs record it
     belongs = is_local and not args.samples and not args.plot
     args.out = args.out or os.path.join(args.tokenizer if belongs else "runs", "evaluation")
-    if min(args.n_val, args.n_train, args.n_samples, args.batch_size) < 1:
-        parser.error("--n_val, --n_train, --n_samples and --batch_size must be positive")
+    if min(args.n_val, args.n_train, args.n_samples, args.batch_size, args.judges) < 1:
+        parser.error("--n_val, --n_train, --n_samples, --batch_size and --judges must be positive")
     for name, run, file in [("dit", args.dit, "checkpoint.pt"),
                             *(("plot", run, "metrics.jsonl") for run in args.plot or ())]:
         if run is not None and not os.path.isfile(os.path.join(run, file)):
@@ -1047,7 +1375,9 @@ def read_settings(argv=None):
         if args.fid_features == "judge":
             parser.error("--samples with --reference takes Inception features; for the judge's, give --data")
         args.fid_features = "inception"
-    if args.plot or (args.samples and args.reference):
+    if args.study and args.data and not args.val_data:
+        parser.error("--study on --data needs held-out images: --val_data")
+    if args.plot or args.study or (args.samples and args.reference):
         return args
     if args.tokenizer == "runs/tokenizer" and not is_local:
         parser.error("no tokenizer in runs/tokenizer yet. First: python train_tokenizer.py")
@@ -1068,6 +1398,7 @@ def read_settings(argv=None):
         fid_features="judge" if is_built_in else "inception",
         lpips="none" if is_built_in or args.samples else "auto",
         judge=os.path.join(of_dit.get("cache") or args.out, "judge.pt"))
+    defaults["guidance"] = [defaults["guidance"] or 1.0]
     for name, value in defaults.items():
         if getattr(args, name, None) is None:
             setattr(args, name, value)
@@ -1137,6 +1468,9 @@ def measure_runs(args, device):
     n_classes = max(int(max(gather_objects(gallery[2].max()))) + 1, len(source.class_names or ()))
     subject.class_names = source.class_names
     subject.network = network = open_fid_network(args, source, n_classes, device)
+    for k in range(1, args.judges) if isinstance(network, Judge) else ():
+        path = f"_{k}".join(os.path.splitext(args.judge))
+        subject.others += ((f"_judge{k}", open_judge(path, source, n_classes, device, seed=k)),)
     options = dict(batch_size=args.batch_size, name="features")
     if args.samples:
         real = collect_features(subject, gallery, is_training_set=True, **options)
@@ -1160,27 +1494,52 @@ def measure_runs(args, device):
     return row
 
 
+def open_dit(run, device):
+    """A run of train_dit.py -> its EMA model, the (mean, std) of its latents."""
+    model = DiT.from_lightningdit(os.path.join(run, "checkpoint.pt")).to(device).eval()
+    return model, [x.to(device) for x in read_latent_stats(os.path.join(run, "latents_stats.pt"))]
+
+
+SECOND_FIGURES = ("gfid", "precision", "recall", "sample_accuracy", "sample_zero_shot")
+
+
 def measure_dit(args, subject, train, device):
-    """Samples of --dit against features of training images -> figures; a picture in --out."""
-    model = DiT.from_lightningdit(os.path.join(args.dit, "checkpoint.pt")).to(device).eval()
-    network = subject.network
-    stats = [x.to(device) for x in read_latent_stats(os.path.join(args.dit, "latents_stats.pt"))]
+    """Samples of --dit against features of training images -> figures; a picture in --out. Figures of
+    a further --guidance W end in _guidanceW, those of a further judge N in _judgeN."""
+    model, stats = open_dit(args.dit, device)
+    tokenizer, network, row = subject.model, subject.network, {}
     sampling = {name: getattr(args, name) for name in SAMPLING if getattr(args, name) is not None}
     sampling["bf16"] = args.precision != "fp32"
 
     def compute(numbers):
         noise, labels = noise_and_labels(numbers, args.seed, model.latent_shape, model.num_classes)
-        images = to_uint8(generate(model, subject.model, stats, noise, labels, **sampling))
-        return dict(fid_features(network, images), labels=labels)
-    fake = collect(range(rank(), args.n_samples, world_size()), compute, args.batch_size, "samples")
+        images = to_uint8(generate(model, tokenizer, stats, noise, labels, **sampling))
+        features = dict(subject.sample_features(images), labels=labels)
+        if subject.tokenize and subject.class_names:
+            features["image_features"] = tokenizer.encode_image(normalize(images.float() / 255)).float()
+        return features
     if args.reference:
         train = features_of_set(args.reference, network, device, args.batch_size)
-    row = compare_samples(fake, train)
-    if isinstance(network, Judge):
-        right = fake["logits"].argmax(dim=1) == fake["labels"]
-        row.update(sample_accuracy=right.float().mean().item(), real_accuracy=network.accuracy)
+    for guidance in args.guidance:
+        is_first, sampling["guidance"] = guidance == args.guidance[0], guidance
+        fake = collect(range(rank(), args.n_samples, world_size()), compute, args.batch_size, "samples")
+        of_guidance = "" if is_first else f"_guidance{guidance:g}"
+        for of_network, network in (("", subject.network), *subject.others):
+            part = lambda features: {k.removesuffix(of_network): x for k, x in features.items()
+                                     if k.endswith(of_network)}
+            figures = compare_samples(part(fake), part(train))
+            if isinstance(network, Judge):
+                right = fake[f"logits{of_network}"].argmax(dim=1) == fake["labels"]
+                figures.update(sample_accuracy=right.float().mean().item(), real_accuracy=network.accuracy)
+            if of_network == "" and "image_features" in fake:
+                by_text = zero_shot(tokenizer, fake["image_features"], fake["labels"], subject.class_names,
+                                    subject.templates, subject.tokenize)
+                figures["sample_zero_shot"] = by_text["zero_shot_top1"]
+            row.update({f"{k}{of_network}{of_guidance}": x for k, x in figures.items()
+                        if not (of_network or of_guidance) or k in SECOND_FIGURES})
     if rank() == 0:
-        picture = sample_picture(model, subject.model, stats, subject.class_names, args.seed, **sampling)
+        sampling["guidance"] = args.guidance[0]
+        picture = sample_picture(model, tokenizer, stats, subject.class_names, args.seed, **sampling)
         save_image(picture, os.path.join(args.out, "samples.png"))
     return row
 
@@ -1205,8 +1564,8 @@ TABLE = {
     "understanding, held-out images":
         "zero_shot_top1 zero_shot_interval zero_shot_top5 zero_shot_chance zero_shot_templates image_to_text "
         "text_to_image retrieval_chance linear_probe linear_probe_balanced knn dino_1_linear_probe "
-        "dino_4_linear_probe dino_1_knn chance",
-    "generation": "gfid sfid inception_score precision recall sample_accuracy real_accuracy"}
+        "dino_4_linear_probe dino_1_knn class_share chance",
+    "generation": "gfid sfid inception_score precision recall sample_accuracy sample_zero_shot real_accuracy"}
 
 
 def table(row):
@@ -1250,17 +1609,19 @@ def write_results(args, row):
 @one_line_errors()
 def main(argv=None):
     device, args = init_distributed(), read_settings(argv)
-    by_first_rank(lambda: claim_folder(args.out))
+    by_first_rank(lambda: claim_folder(args.study or args.out))
     if args.plot and rank() == 0:
         save_image(plot_runs(args.plot), os.path.join(args.out, "figures.png"))
-    if not args.plot:
+    if args.study:
+        make_study(args)
+    elif not args.plot:
         row = own_images(args, device) if args.images else measure_runs(args, device)
         row["fid_features"] = args.fid_features
         if rank() == 0:
             print(table(row))
             write_results(args, row)
     if rank() == 0:
-        print(f"results and pictures in {args.out}")
+        print(f"results and pictures in {args.study or args.out}")
     leave_distributed()
 
 

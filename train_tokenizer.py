@@ -95,6 +95,8 @@ def make_parser():
     option("--model", "tiny", f"size: {', '.join(VTP_SIZES)}")
     option("--image_size", None, "side in pixels; default: the size's own", count)
     option("--latent_dim", None, "channels d of the latents; default: 64 (paper; 256 in one ablation)", count)
+    flag("--bottleneck_ae_only", "CLIP and SSL read the encoder's full width, as in the released models, not "
+         "the latents; default: as the size, or --init, has it", yes_or_no=True, default=None)
     option("--init", None, "start from a run, a folder or a hub id, whose config then gives the model",
            folder_or_name)
     # A small model starts too quiet for a run of minutes. An initial std of 0.02 is a gain of 0.64 a layer at
@@ -168,6 +170,8 @@ def read_settings(argv=None):
     latent_dim = args.latent_dim or config.vision_feature_bottleneck
     if args.init and latent_dim != config.vision_feature_bottleneck:
         raise ValueError(f"--latent_dim {latent_dim}: the model of --init has another; leave it out")
+    if args.bottleneck_ae_only is not None:
+        config = replace(config, vision_bottleneck_ae_only=args.bottleneck_ae_only)
     config = replace(config, image_size=args.image_size or config.image_size,
                      vision_feature_bottleneck=latent_dim, train_clip=args.lambda_clip > 0,
                      train_reconstruction=args.lambda_rec > 0)         # what no objective trains is left out

@@ -127,9 +127,9 @@ class VTPConfig:
             if used and (dim % heads or (tower != "text" and dim // heads % 4)):
                 raise ValueError(f"{tower}_embed_dim = {dim} by {tower}_num_heads = {heads}: a head's "
                                  "width must be whole and, for RoPE (not text), a multiple of 4")
-        size, p, scale = self.image_size, self.vision_patch_size, PixelDecoder.UPSCALE
-        if size % p or (self.train_reconstruction and p != scale):
-            raise ValueError(f"vision_patch_size = {p} must divide image_size = {size}; to decode, {scale}")
+        if self.image_size % self.vision_patch_size:
+            raise ValueError(f"vision_patch_size = {self.vision_patch_size} must divide image_size = "
+                             f"{self.image_size}")
 
     @property
     def semantic_dim(self):
@@ -152,10 +152,13 @@ HUB_FIELDS = {*HUB_FIELDS_WRITTEN, "torch_dtype", "auto_map", "id2label", "label
               "output_hidden_states", "return_dict", "problem_type", "chunk_size_feed_forward",
               "is_encoder_decoder", "use_cache", "tie_word_embeddings"}
 
+# not the paper's, for a CPU: as many channels for a pixel as matter, d = 64 for patches of 8 x 8
+_TINY = dict(image_size=32, vision_patch_size=8, vision_clip_feat="pooled", vision_bottleneck_ae_only=False,
+             text_context_length=64, text_vocab_size=259)
 VTP_SIZES = {  # width, depth and heads of encoder, pixel decoder and text tower; other fields
-    # not the paper's, for a CPU: wide, as 16 patches leave its matrix units little else to do
-    "tiny": ((320, 3, 5), (320, 2, 5), (192, 2, 3), dict(image_size=64, vision_clip_feat="pooled",
-             vision_bottleneck_ae_only=False, text_context_length=64, text_vocab_size=259)),
+    "tiny": ((256, 3, 4), (256, 2, 4), (128, 2, 2), _TINY),
+    "tiny-192": ((192, 3, 3), (256, 2, 4), (128, 2, 2), _TINY),  # smaller encoders, to compare
+    "tiny-128": ((128, 3, 2), (256, 2, 4), (128, 2, 2), _TINY),
     "small": ((384, 12, 6), (384, 12, 6), (768, 12, 12), {}),
     "base": ((768, 12, 12), (768, 12, 12), (768, 12, 12), {}),
     "large": ((1024, 24, 16), (1024, 24, 16), (768, 12, 12), {}),
@@ -377,19 +380,18 @@ class Encoder(nn.Module):
 
 
 class PixelDecoder(nn.Module):
-    """Latents (B, d, h, w) -> images (B, 3, 16h, 16w). Blocks with RoPE, without CLS."""
-    UPSCALE = 16
-
+    """Latents (B, d, h, w) -> images (B, 3, p h, p w). Blocks with RoPE, without CLS. p is the encoder's
+    patch size: 16 in every released model (the authors' decoder knows no other)."""
     def __init__(self, config):
         super().__init__()
-        dim = config.decoder_embed_dim
+        dim, self.patch_size = config.decoder_embed_dim, config.vision_patch_size
         self.proj_in = nn.Conv2d(config.vision_feature_bottleneck, dim, 1)
         self.rope_embed = RopeEmbedding(dim // config.decoder_num_heads)
         options = (config.decoder_num_heads, 4.0, config.decoder_ffn_layer,
                    config.decoder_norm_layer, config.decoder_init_values, config.decoder_use_qk_norm)
         self.blocks = nn.ModuleList(Block(dim, *options) for _ in range(config.decoder_depth))
         self.norm = make_norm(config.decoder_norm_layer, dim)
-        self.proj_out = nn.Conv2d(dim, 3 * self.UPSCALE ** 2, 1)
+        self.proj_out = nn.Conv2d(dim, 3 * self.patch_size ** 2, 1)
         self.checkpoint_blocks = False
         _init_linears(self)
 
@@ -401,8 +403,8 @@ class PixelDecoder(nn.Module):
         rope = self.rope_embed(*latents.shape[-2:], n_prefix=0)
         for block in self.blocks:
             x = run_block(block, self.checkpoint_blocks, x, rope)
-        x = linear(self.proj_out, self.norm(x))  # (B, h*w, 3 * UPSCALE^2)
-        return F.pixel_shuffle(x.transpose(1, 2).unflatten(2, latents.shape[-2:]), self.UPSCALE)
+        x = linear(self.proj_out, self.norm(x))  # (B, h*w, 3 p^2)
+        return F.pixel_shuffle(x.transpose(1, 2).unflatten(2, latents.shape[-2:]), self.patch_size)
 
 
 class TextAttention(nn.Module):

@@ -637,7 +637,8 @@ def test_chart_dots_few_points_draws_chance_thin_and_takes_no_data():
     few = {"a": (range(12), range(12)), "chance": (range(12), [-2] * 12)}
     chart = evaluate.draw_chart(few, "title")
     assert chart.size == PANEL and len(dots(chart, evaluate.CHART_COLOURS[0])) == 12
-    assert 370 <= count_of_colour(chart, "#999999") < 400      # a line of 1 px, 372 px from left to right
+    # a line of 1 px, 372 / 1.1 px long: 5 % of margin on both sides
+    assert 336 <= count_of_colour(chart, "#999999") < 366
     many = evaluate.draw_chart({"a": (range(13), range(13))}, "title")
     assert count_of_colour(many, evaluate.CHART_COLOURS[0]) and not dots(many, evaluate.CHART_COLOURS[0])
     for lines in ({}, {"a": ((), ())}, {"a": ((1,), (math.nan,))}):
@@ -679,6 +680,20 @@ def test_plot_has_a_line_for_each_run_with_training_flops_on_a_log_axis(tmp_path
         assert xs[2] - xs[0] > 300
         assert (ours[0][1] < ours[2][1]) == (i == 0)      # gFID falls, accuracy rises
     assert len(dots(panels(plot_runs(runs[::-1]), 2)[0], evaluate.CHART_COLOURS[1])) == 3
+
+
+def test_a_band_is_shaded_behind_its_line_and_dots_alone_have_no_line():
+    line = {"a": ((1e3, 1e4, 1e5), (1, 2, 3))}
+    plain = evaluate.draw_chart(line, "title", log_x=True)
+    bands = {"a": ((1e3, 1e4, 1e5), (0, 1, 2), (2, 3, 4))}
+    banded = evaluate.draw_chart(line, "title", log_x=True, bands=bands)
+    dotted = evaluate.draw_chart(line, "title", log_x=True, joined=False)
+    blue = [count_of_colour(x, evaluate.CHART_COLOURS[0]) for x in (plain, banded, dotted)]
+    shade = tuple(round(255 + (c - 255) * 48 / 255) for c in ImageColor.getrgb(evaluate.CHART_COLOURS[0]))
+    shaded = [count_of_colour(x, "#%02x%02x%02x" % shade) for x in (plain, banded)]
+    # a strip of 2 units of height: half of the 3.6 or so that the band's chart is high
+    assert shaded[0] == 0 and shaded[1] > 0.3 * 372 * 212
+    assert blue[2] < blue[0] and len(dots(dotted, evaluate.CHART_COLOURS[0])) == 3
 
 
 def test_plot_of_accuracies_has_chance_only_where_it_is_the_same_for_all(tmp_path):
@@ -836,7 +851,7 @@ def test_zero_shot_refuses_labels_without_a_name_and_templates_without_a_place(m
             classify([0, 1], templates)
 
 
-# ----- The linear probe -----------------------------------------------------------------------------------
+# ----- The share of meaning, the linear probe -------------------------------------------------------------
 
 def clusters(n, n_classes=4, dim=12, seed=0, spread=1.5):
     """Correlated features of different scales around class centres, which overlap more with the spread ->
@@ -852,6 +867,24 @@ def clusters(n, n_classes=4, dim=12, seed=0, spread=1.5):
 def standardised(features, like):
     """Features by the mean and standard deviation of others."""
     return (features - like.mean(dim=0)) / like.std(dim=0)
+
+
+def test_class_share_is_the_variance_between_classes_over_all_of_it_and_0_where_labels_say_nothing():
+    torch.manual_seed(0)
+    labels, within, between = torch.randint(5, (20_000,)), 0.7, torch.randn(5, 8)
+    features = between[labels] + within * torch.randn(20_000, 8) + 3
+    weights = labels.bincount() / len(labels)
+    mean = weights @ between
+    of_classes = (weights @ (between - mean).square()).sum()
+    expected = of_classes / (of_classes + 8 * within ** 2)
+    # the variance of 20,000 draws is known to sqrt(2 / 20,000) = 1 % in each of 8 channels
+    assert evaluate.class_share(features, labels) == pytest.approx(expected.item(), abs=0.01)
+    moved = evaluate.class_share(7 * features, labels + 3)
+    assert moved == pytest.approx(evaluate.class_share(features, labels))
+    # 60 samples of 5 random classes: not corrected, eta squared would be 4 / 59 on average
+    shares = [evaluate.class_share(torch.randn(60, 8), torch.randint(5, (60,))) for _ in range(200)]
+    assert abs(np.mean(shares)) < 0.01          # 200 means, each within 0.03
+    assert evaluate.class_share(labels[:, None].float() * torch.ones(1, 8), labels) == pytest.approx(1.0)
 
 
 @pytest.mark.parametrize("n, batch_size", [(300, 32), (1000, 62)])      # a sixteenth, at least 32
@@ -1017,7 +1050,8 @@ def test_measure_leaves_out_what_has_no_label_and_what_the_model_cannot_do(model
     assert set(row) == {
         "psnr", "ssim", "image_to_text", "text_to_image", "retrieval_chance", "zero_shot_top1",
         "zero_shot_interval", "zero_shot_chance", "linear_probe", "knn", "dino_1_linear_probe", "dino_1_knn",
-        "dino_4_linear_probe", "dino_4_knn", "chance", "zero_shot_templates"}
+        "dino_4_linear_probe", "dino_4_knn", "chance", "zero_shot_templates", "class_share",
+        "dino_1_class_share", "dino_4_class_share"}
     x = images.float() / 255
     latents = model.encode(normalize(x))
     mine, theirs = (latents.mean(dim=(2, 3))[part] for part in (slice(12, None), slice(12)))
@@ -1039,7 +1073,7 @@ def test_measure_leaves_out_what_has_no_label_and_what_the_model_cannot_do(model
     assert set(nothing) == {"psnr", "ssim"}
     encoder = VTP(micro_config(train_reconstruction=False, train_clip=False))
     few, *_ = evaluate.measure(evaluate.Subject(encoder, n_layers=1), held_out, gallery)
-    assert set(few) == {"linear_probe", "knn", "chance"}
+    assert set(few) == {"linear_probe", "knn", "class_share", "chance"}
 
 
 def test_sample_picture_has_a_row_for_each_of_the_first_classes_from_the_same_noise(model, monkeypatch):
@@ -1118,13 +1152,118 @@ def test_the_command_measures_everything_and_names_the_features(evaluated):
     row = results(evaluated / "tok" / "evaluation")
     assert {"rfid", "psnr", "ssim", "zero_shot_top1", "zero_shot_top5", "zero_shot_interval", "image_to_text",
             "linear_probe", "dino_1_linear_probe", "dino_4_linear_probe", "knn", "gfid", "inception_score",
-            "precision", "recall", "sample_accuracy"} <= row.keys()
+            "precision", "recall", "sample_accuracy", "sample_zero_shot", "class_share"} <= row.keys()
     assert row["fid_features"] == "judge"
     pictures = {"reconstructions.png", "latents_pca.png", "samples.png"}
     assert pictures <= set(os.listdir(evaluated / "tok" / "evaluation"))
     last = evaluate.read_metrics(str(evaluated / "tok"))[-1]
     assert last["kind"] == "eval" and last["flops"] == 1e12 and last["gfid"] == row["gfid"]
 
+
+def test_further_judges_and_guidances_give_figures_of_their_own_and_change_no_other(evaluated, tmp_path,
+                                                                                    monkeypatch):
+    monkeypatch.setattr(evaluate, "train_judge", quick_judge)
+    command = ["--tokenizer", str(evaluated / "tok"), "--dit", str(evaluated / "dit"), *SMALL]
+    judge = ["--judges", "2", "--judge", str(tmp_path / "judge.pt")]
+    for name, more in (("two", [*judge, "--guidance", "4", "1"]),
+                       ("other", ["--judge", str(tmp_path / "judge_1.pt"), "--guidance", "1"])):
+        shutil.copy(evaluated / "tok" / "latents" / "judge.pt", tmp_path / "judge.pt")
+        evaluate.main([*command, *more, "--out", str(tmp_path / name)])
+    both, other, first = (results(tmp_path / "two"), results(tmp_path / "other"),
+                          results(evaluated / "tok" / "evaluation"))
+    figures = ("gfid", "precision", "recall", "sample_accuracy")
+    # the fixture was measured with RoPE rotating in fp32, and at the DiT's own guidance, which is 4
+    assert both["gfid"] == pytest.approx(first["gfid"], rel=0.05)
+    assert [both[f"{k}_judge1_guidance1"] for k in figures] == pytest.approx([other[k] for k in figures])
+    assert both["sample_zero_shot_guidance1"] == other["sample_zero_shot"]
+    assert both["gfid_judge1"] not in (both["gfid"], both["gfid_guidance1"], other["gfid"])
+
+
+def quick_judge(images, labels, n_classes, device, seed=0):
+    """A judge that has learned nothing, another for each seed."""
+    torch.manual_seed(seed)
+    judge = evaluate.Judge(n_classes).eval()
+    judge.accuracy = 0.5
+    return judge
+
+
+# ----- The study ------------------------------------------------------------------------------------------
+
+def test_the_studys_plan_has_every_variant_at_both_ends_with_all_seeds_and_no_run_twice():
+    runs = evaluate.plan_study(False, True)
+    assert len({run.name for run in runs}) == len(runs)
+    ladder = {(run.variant, run.samples, run.seed) for run in runs if not run.change}
+    ends = {(v, n, s) for v in evaluate.VARIANTS for n in evaluate.STUDY_SAMPLES[::3] for s in range(3)}
+    middle = {(v, n, 0) for v in evaluate.VARIANTS for n in evaluate.STUDY_SAMPLES[1:3]}
+    assert ladder == ends | middle and len(evaluate.STUDY_SAMPLES) == 4
+    assert [run.variant for run in evaluate.plan_study(True, True)] == list(evaluate.ENDS)
+    on_data = evaluate.plan_study(False, False)
+    assert {(run.variant, run.seed) for run in on_data} == {(v, s) for v in evaluate.ENDS for s in range(3)}
+
+
+def study_arguments(folder, **changes):
+    values = dict(study=str(folder), quick=True, data=None, val_data=None, label=None, classnames=None,
+                  hours=1.0, jobs=2)
+    return SimpleNamespace(**values | changes)
+
+
+def test_a_study_is_stopped_and_goes_on_and_leaves_figures_and_a_table(micro_model, tmp_path, monkeypatch,
+                                                                      capsys):
+    """Scripts of a few steps, in processes as in a real study; stopped by the clock at once, then made."""
+    commands = evaluate.study_commands
+
+    def short(args, run):
+        (train, of_train), (dit, of_dit), (measure, of_measure) = commands(args, run)
+        few = ["--train_size", "48", "--log_every", "1"]
+        return [(train, ["--init", micro_model, *of_train[:-2], *few, *of_train[-2:]]),
+                (dit, ["--samples", "16", "--batch_size", "8", "--steps", "4", *few, *of_dit]),
+                (measure, [*SMALL, *of_measure])]
+    monkeypatch.setattr(evaluate, "study_commands", short)
+    monkeypatch.setattr(evaluate, "STUDY_SAMPLES", (64, 128, 192, 256))
+    folder, source, judge = tmp_path / "study", data.BuiltinSource(48, 64), evaluate.Judge(10)
+    folder.mkdir()
+    content = dict(judge=judge.state_dict(), accuracy=0.5, fingerprint=f"{source.fingerprint()} 10 classes")
+    for name in ("judge.pt", "judge_1.pt"):
+        torch.save(content, folder / name)
+
+    evaluate.make_study(study_arguments(folder, hours=1e-6))
+    assert "0 of 2 runs are there" in capsys.readouterr().out
+    evaluate.make_study(study_arguments(folder))
+    screen = capsys.readouterr().out
+    assert "2 of 2 runs are there" in screen
+    rows = json.loads((folder / "study.json").read_text())
+    assert [row["variant"] for row in rows] == ["AE", "CLIP+SSL+AE"]
+    for row in rows:
+        run = folder / row["name"]
+        figures = results(run / "evaluation")
+        assert row["gfid_guidance1"] == figures["gfid_guidance1"] and row["psnr"] == figures["psnr"]
+        assert row["flops"] == evaluate.read_metrics(str(run / "tokenizer"))[-1]["flops"] > 0
+        assert evaluate.recorded_arguments(str(run / "tokenizer"))["samples"] == 192
+        assert f"| {row['variant']} | 192 | 1 | {row['psnr']:.1f} |" in screen
+    of_autoencoder, of_all = (evaluate.recorded_arguments(str(folder / row["name"] / "tokenizer"))
+                              for row in rows)
+    assert {k for k, x in of_all.items() if of_autoencoder[k] != x} >= {"lambda_clip", "lambda_ssl"}
+    for name in ("compute.png", "understanding.png", "data_and_size.png", "samples.png"):
+        assert Image.open(folder / name).width > 300
+    before = (folder / "study.json").read_text()
+    monkeypatch.setattr(evaluate.Study, "call", None)       # nothing is left to do
+    evaluate.make_study(study_arguments(folder))
+    assert (folder / "study.json").read_text() == before
+
+
+def test_a_script_that_fails_ends_the_study_with_its_log_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate, "study_commands", lambda args, run: [("evaluate.py", ["--no_such_option"])])
+    with pytest.raises(UserError, match="evaluate.py of AE-40960-seed0 failed: see the end of .*evaluate"):
+        evaluate.make_study(study_arguments(tmp_path, jobs=1))
+
+
+def test_the_table_of_the_study_has_means_and_half_of_their_range():
+    rows = [dict(variant="AE", samples=100, change="", psnr=x) for x in (20.0, 21.0, 24.0)]
+    line = evaluate.study_table(rows).splitlines()[-1]
+    assert line.startswith("| AE | 100 | 3 | 21.7 ± 2.0 | - |")
+
+
+# ----- The command, its table -----------------------------------------------------------------------------
 
 def test_the_table_names_the_features_and_leaves_out_what_was_not_measured():
     row = dict(rfid=1.2345, n_val=2048, gfid=30.0, precision=0.5, zero_shot_top1=0.5, zero_shot_templates=80,

@@ -286,6 +286,20 @@ def test_saved_checkpoint_has_the_released_names_shapes_dtypes_and_config(tmp_pa
     assert configs[0] == configs[1]
 
 
+def test_the_decoder_enlarges_by_the_patch_size():
+    for patch_size in (8, 16):
+        config = micro_config(vision_patch_size=patch_size, image_size=8 * patch_size)
+        model = VTP(config)
+        latents = torch.randn(1, 16, 3, 5)
+        image = model.decode(latents)
+        assert image.shape == (1, 3, 3 * patch_size, 5 * patch_size)
+        # a patch's pixels are its own output's, so a bias alone repeats from patch to patch
+        torch.nn.init.zeros_(model.pixel_decoder.proj_out.weight)
+        torch.nn.init.normal_(model.pixel_decoder.proj_out.bias)
+        tile = model.pixel_decoder.proj_out.bias.view(3, patch_size, patch_size)
+        torch.testing.assert_close(model.decode(latents)[0], tile.tile(1, 3, 5), rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("field, value", [
     ("init_logit_bias", -10.0), ("text_quick_gelu", True), ("text_no_causal_mask", True),
     ("text_pool_type", "last"), ("vision_ffn_layer", "swiglu64"), ("nonscalar_logit_scale", True),
