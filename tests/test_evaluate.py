@@ -1238,8 +1238,8 @@ def test_a_study_is_stopped_and_goes_on_and_leaves_figures_and_a_table(micro_mod
         figures = results(run / "evaluation")
         assert row["gfid_guidance1"] == figures["gfid_guidance1"] and row["psnr"] == figures["psnr"]
         assert row["flops"] == evaluate.read_metrics(str(run / "tokenizer"))[-1]["flops"] > 0
-        assert evaluate.recorded_arguments(str(run / "tokenizer"))["samples"] == 192
-        assert f"| {row['variant']} | 192 | 1 | {row['psnr']:.1f} |" in screen
+        assert evaluate.recorded_arguments(str(run / "tokenizer"))["samples"] == 256
+        assert f"| {row['variant']} | 256 | 1 | {row['psnr']:.1f} |" in screen
     of_autoencoder, of_all = (evaluate.recorded_arguments(str(folder / row["name"] / "tokenizer"))
                               for row in rows)
     assert {k for k, x in of_all.items() if of_autoencoder[k] != x} >= {"lambda_clip", "lambda_ssl"}
@@ -1253,7 +1253,7 @@ def test_a_study_is_stopped_and_goes_on_and_leaves_figures_and_a_table(micro_mod
 
 def test_a_script_that_fails_ends_the_study_with_its_log_named(tmp_path, monkeypatch):
     monkeypatch.setattr(evaluate, "study_commands", lambda args, run: [("evaluate.py", ["--no_such_option"])])
-    with pytest.raises(UserError, match="evaluate.py of AE-40960-seed0 failed: see the end of .*evaluate"):
+    with pytest.raises(UserError, match="evaluate.py of AE-81920-seed0 failed: see the end of .*evaluate"):
         evaluate.make_study(study_arguments(tmp_path, jobs=1))
 
 
