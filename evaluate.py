@@ -993,8 +993,8 @@ def plot_runs(runs):
 # commands.jsonl there says how it was made, and how long that took. All runs have one DiT budget, on one
 # training set, and one pair of judges; what differs is the tokenizer.
 
-# The AE has the best of its own learning rates: 5e-4, 1e-3, 2e-3 gave 25.1, 26.3, 26.8 dB after 25,600 samples
-# (one seed), while with all three objectives 22.9, 22.8, 21.8 dB and a linear probe of 0.295, 0.279, 0.205.
+# The AE has the best of its own learning rates: 5e-4, 1e-3, 2e-3 gave 25.1, 26.3, 26.8 dB after 25,600
+# samples (one seed), but with all three objectives 22.9, 22.8, 21.8 dB and probes of 0.295, 0.279, 0.205.
 VARIANTS = {"AE": ("--lambda_clip", "0", "--lambda_ssl", "0", "--lr", "2e-3"),
             "SSL+AE": ("--lambda_clip", "0"), "CLIP+AE": ("--lambda_ssl", "0"), "CLIP+SSL+AE": ()}
 ENDS = ("AE", "CLIP+SSL+AE")                        # what is compared where all four would take too long

@@ -102,8 +102,9 @@ def make_parser():
     # A small model starts too quiet for a run of minutes. An initial std of 0.02 is a gain of 0.64 a layer at
     # width 1024 but of 0.32 at 256: details stayed unlearned, and 86 % of the variance of tiny's features was
     # the background's colour. CLIP's initial tokens are only twice as large as positions: a text in bytes is
-    # then where its letters are more than which. Measured at 61b69d1, a probe read the class from the latents
-    # at 31 %, at 22 % with block_gain 1, at 28 % with token_gain 1.
+    # then where its letters are more than which. After 25,600 samples of the built-in set (one seed) it has
+    # 22.9 dB, and a probe reads the class from the latents at 0.295; without io_gain and decoder_lr, at twice
+    # the rate, 19.1 dB and 0.290; with none of the four, at four times the rate, 19.3 dB and 0.168.
     option("--io_gain", 1.0, "of patch embedding, bottleneck and the decoder's ends", positive, tiny=3.0)
     option("--block_gain", 1.0, "of the encoder's initial matrices", positive, tiny=2.0)
     option("--token_gain", 1.0, "of the initial text tokens", positive, tiny=10.0)

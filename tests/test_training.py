@@ -568,6 +568,20 @@ def test_recipe_follows_the_model_and_what_is_given_wins(micro_model, tmp_path):
         parse(out, "--init", micro_model, "--latent_dim", "32")
 
 
+def test_what_clip_and_ssl_read_is_as_the_size_or_init_has_it_unless_it_is_given(micro_model, tmp_path):
+    def reads_features(*arguments):
+        args, config = train.read_settings(["--out", str(tmp_path / "o"), *arguments])
+        state = train.build_state(args, config, torch.device("cpu"))
+        width = config.vision_embed_dim if config.vision_bottleneck_ae_only else 64
+        assert state.head.mlp[0].in_features == state.model.visual_proj.in_features == width
+        return config.vision_bottleneck_ae_only
+    assert not reads_features() and reads_features("--bottleneck_ae_only")
+    few = ["--init", micro_model, *FAST]        # read before the bottleneck, as the released models
+    assert train.read_settings(["--out", str(tmp_path / "o"), *few])[1].vision_bottleneck_ae_only
+    assert not train.read_settings(["--out", str(tmp_path / "o"), *few, "--no-bottleneck_ae_only"]
+                                   )[1].vision_bottleneck_ae_only
+
+
 def test_the_subsets_follow_the_batch_and_what_is_given_wins(micro_model, tmp_path, monkeypatch):
     def sizes(*arguments):
         args = parse(tmp_path / "o", *arguments)
