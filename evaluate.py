@@ -21,6 +21,7 @@ import itertools
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -782,14 +783,14 @@ def save_image(image, path):
 
 
 def image_grid(rows, scale=None, gap=2):
-    """Rows of images (n, 3, H, W) in [0, 1], n may differ -> Pillow image, enlarged to 64 px or by scale."""
+    """Rows of images (n, 3, H, W) in [0, 1], n may differ -> Pillow image, enlarged to 96 px or by scale."""
     H, W = rows[0].shape[-2:]
     sheet = np.full((len(rows) * (H + gap) - gap, max(map(len, rows)) * (W + gap) - gap, 3), 255, np.uint8)
     for i, row in enumerate(rows):
         for j, image in enumerate((row.clamp(0, 1) * 255).round().byte().cpu().numpy()):
             top, left = i * (H + gap), j * (W + gap)
             sheet[top:top + H, left:left + W] = image.transpose(1, 2, 0)
-    scale = scale or max(1, 64 // W)
+    scale = scale or max(1, 96 // W)
     return Image.fromarray(sheet.repeat(scale, axis=0).repeat(scale, axis=1))
 
 
@@ -1071,19 +1072,20 @@ class Study:
         self.stop, self.judging = threading.Event(), threading.Lock()
 
     def make(self):
-        """Run what is missing. UserError: a script failed."""
+        """Run what is missing, until the time is over, or Ctrl-C or SIGTERM says so. UserError: a script
+        failed."""
+        handlers = {number: signal.signal(number, lambda *_: setattr(self, "deadline", 0.0))
+                    for number in (signal.SIGINT, signal.SIGTERM)}
         n_left = sum(script not in self.done(run) for run in self.runs for script in SCRIPTS)
         with ThreadPoolExecutor(self.jobs) as pool, tqdm(total=n_left, unit=" commands", dynamic_ncols=True,
                                                          desc="study", smoothing=0) as self.bar:
             futures = [pool.submit(self.make_run, run) for run in self.runs]
-            try:
-                while not all(future.done() for future in futures):
-                    time.sleep(0.5)
-                    if time.time() > self.deadline or any(f.done() and f.exception() for f in futures):
-                        self.end()
-            except BaseException:
-                self.end()
-                raise
+            while not all(future.done() for future in futures):
+                time.sleep(0.5)
+                if time.time() > self.deadline or any(f.done() and f.exception() for f in futures):
+                    self.end()
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
         for future in futures:
             future.result()
 

@@ -4,6 +4,8 @@ import json
 import math
 import os
 import shutil
+import signal
+import threading
 from types import SimpleNamespace
 
 import numpy as np
@@ -1209,7 +1211,7 @@ def study_arguments(folder, **changes):
 
 def test_a_study_is_stopped_and_goes_on_and_leaves_figures_and_a_table(micro_model, tmp_path, monkeypatch,
                                                                       capsys):
-    """Scripts of a few steps, in processes as in a real study; stopped by the clock at once, then made."""
+    """Scripts of a few steps, in processes as in a real study; stopped by the clock, by a signal, then made."""
     commands = evaluate.study_commands
 
     def short(args, run):
@@ -1228,6 +1230,10 @@ def test_a_study_is_stopped_and_goes_on_and_leaves_figures_and_a_table(micro_mod
 
     evaluate.make_study(study_arguments(folder, hours=1e-6))
     assert "0 of 2 runs are there" in capsys.readouterr().out
+    threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    evaluate.make_study(study_arguments(folder))
+    assert "0 of 2 runs are there" in capsys.readouterr().out
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     evaluate.make_study(study_arguments(folder))
     screen = capsys.readouterr().out
     assert "2 of 2 runs are there" in screen
