@@ -696,19 +696,19 @@ def draw_masks(generator, batch_size, grid, ratio=(0.1, 0.5), n_rounds=16):
 
 # ----- Text to tokens -------------------------------------------------------------------------------------
 
-BYTE_VOCAB = 259  # padding 0, bytes 1 to 256, start 257, end 258
+WORD_VOCAB = 8192  # padding 0, words 1 to 8189, start 8190, end 8191
 CLIP_VOCAB = 49408
 CLIP_BPE_URL = "https://github.com/openai/CLIP/raw/main/clip/bpe_simple_vocab_16e6.txt.gz"
 CLIP_BPE_SHA256 = "924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a"
 
 
 def make_tokenizer(text_vocab_size, bpe_path=None):
-    """The tokenizer of a text_vocab_size: 259 is bytes, 49,408 CLIP's BPE; else ValueError."""
-    if text_vocab_size == BYTE_VOCAB:
-        return byte_tokenizer
+    """The tokenizer of a text_vocab_size: 8,192 is words, 49,408 CLIP's BPE; else ValueError."""
+    if text_vocab_size == WORD_VOCAB:
+        return word_tokenizer
     if text_vocab_size == CLIP_VOCAB:
         return ClipBPE(bpe_path)
-    raise ValueError(f"no tokenizer has {text_vocab_size} tokens: {BYTE_VOCAB} is bytes, {CLIP_VOCAB} CLIP")
+    raise ValueError(f"no tokenizer has {text_vocab_size} tokens: {WORD_VOCAB} is words, {CLIP_VOCAB} CLIP")
 
 
 def pad_tokens(token_lists, context_length, start, end):
@@ -720,10 +720,14 @@ def pad_tokens(token_lists, context_length, start, end):
     return tokens
 
 
-def byte_tokenizer(texts, context_length=77):
-    """UTF-8 bytes -> int64 (n, context_length): a small model has no room for words."""
-    encoded = (text.encode("utf-8", "replace") for text in texts)  # JSON may hold half a character
-    return pad_tokens([[b + 1 for b in text] for text in encoded], context_length, 257, 258)
+def word_tokenizer(texts, context_length=77):
+    """Words and other marks, in lower case, numbered by their CRC-32 -> int64 (n, context_length): any text
+    without a vocabulary, for a text tower that sees too little of it to learn to spell. Two words that share
+    a number are the same to it: of 100 words, that happens to a pair in half of the cases."""
+    def number(word):
+        return 1 + zlib.crc32(word.encode("utf-8", "replace")) % (WORD_VOCAB - 3)   # may be half a character
+    words = (re.findall(r"\w+|[^\w\s]", text.lower()) for text in texts)
+    return pad_tokens([[*map(number, text)] for text in words], context_length, WORD_VOCAB - 2, WORD_VOCAB - 1)
 
 
 # Mojibake: UTF-8 that was read as latin-1 or cp1252, in which five bytes have no character.

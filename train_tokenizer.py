@@ -107,7 +107,6 @@ def make_parser():
     # the rate, 19.1 dB and 0.290; with none of the four, at four times the rate, 19.3 dB and 0.168.
     option("--io_gain", 1.0, "of patch embedding, bottleneck and the decoder's ends", positive, tiny=3.0)
     option("--block_gain", 1.0, "of the encoder's initial matrices", positive, tiny=2.0)
-    option("--token_gain", 1.0, "of the initial text tokens", positive, tiny=10.0)
 
     section("objectives: L = lambda_rec L_rec + lambda_ssl L_ssl + lambda_clip L_clip")
     option("--lambda_rec", 0.1, "weight of L1 + LPIPS (arXiv v2); more without LPIPS", not_negative, tiny=3.0)
@@ -400,15 +399,13 @@ def load_init(model, args):
 
 @torch.no_grad()
 def scale_initial_weights(model, args):
-    """--io_gain, --block_gain and --token_gain."""
+    """--io_gain and --block_gain."""
     ends = ("patch_embed.proj.weight", "feature_bottleneck.weight", "proj_in.weight", "proj_out.weight")
     for name, p in model.named_parameters():
         if name.endswith(ends):
             p.mul_(args.io_gain)
         elif name.startswith("trunk.blocks.") and p.ndim == 2:
             p.mul_(args.block_gain)
-        elif name == "token_embedding.weight":
-            p.mul_(args.token_gain)
 
 
 def make_optimizer(model, head, args, device):

@@ -87,7 +87,7 @@ class VTPConfig:
     vision_bottleneck_ae_only: bool = True  # False: CLIP and SSL read the d channels too
     vision_clip_feat: Literal["cls", "pooled"] = "cls"  # pooled: the mean of the patches
     text_context_length: int = 77
-    text_vocab_size: int = 49408  # CLIP's BPE; 259: bytes
+    text_vocab_size: int = 49408  # CLIP's BPE; 8192: words
     text_embed_dim: int = 768
     text_num_heads: int = 12
     text_depth: int = 12
@@ -154,7 +154,7 @@ HUB_FIELDS = {*HUB_FIELDS_WRITTEN, "torch_dtype", "auto_map", "id2label", "label
 
 # not the paper's, for a CPU: as many channels for a pixel as matter, d = 64 for patches of 8 x 8
 _TINY = dict(image_size=32, vision_patch_size=8, vision_clip_feat="pooled", vision_bottleneck_ae_only=False,
-             text_context_length=64, text_vocab_size=259)
+             text_context_length=20, text_vocab_size=8192)
 VTP_SIZES = {  # width, depth and heads of encoder, pixel decoder and text tower; other fields
     "tiny": ((256, 3, 4), (256, 2, 4), (128, 2, 2), _TINY),
     "tiny-192": ((192, 3, 3), (256, 2, 4), (128, 2, 2), _TINY),  # smaller encoders, to compare

@@ -64,7 +64,7 @@ def micro_config(**changes):
         vision_feature_bottleneck=16, vision_use_qk_norm=True,
         decoder_embed_dim=64, decoder_depth=1, decoder_num_heads=2, decoder_use_qk_norm=True,
         text_embed_dim=32, text_depth=1, text_num_heads=2,
-        text_context_length=64, text_vocab_size=259)
+        text_context_length=20, text_vocab_size=8192)
     return VTPConfig(**{**fields, **changes})
 
 

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import tarfile
+import zlib
 from collections import Counter
 
 import numpy as np
@@ -18,11 +19,10 @@ from PIL import Image
 
 import data
 from conftest import FIXTURES, ROOT, SHARED
-from data import (BadSample, ClipBPE, FolderSource, SampleStream, TarSource, augment,
-                  byte_tokenizer, clip_view, colour_jitter, draw_boxes, draw_mask_counts,
-                  draw_masks, each_sample, expand_paths, gaussian_blur, load_canvas,
-                  load_evaluation_set, make_loader, open_source, read_tar, render_scenes, resample,
-                  rows_at, ssl_views, step_generator, total_skipped)
+from data import (BadSample, ClipBPE, FolderSource, SampleStream, TarSource, augment, clip_view,
+                  colour_jitter, draw_boxes, draw_mask_counts, draw_masks, each_sample, expand_paths,
+                  gaussian_blur, load_canvas, load_evaluation_set, make_loader, open_source, read_tar,
+                  render_scenes, resample, rows_at, ssl_views, step_generator, total_skipped, word_tokenizer)
 from vtp import denormalize
 
 # --- the built-in set ---
@@ -77,11 +77,15 @@ def test_pixels_do_not_give_the_shape_away():
 
 # --- text ---
 
-def test_byte_tokens():
-    tokens = byte_tokenizer(["ab", "", "x" * 99], context_length=6)
-    assert tokens.tolist() == [[257, 98, 99, 258, 0, 0],
-                               [257, 258, 0, 0, 0, 0],
-                               [257, 121, 121, 121, 121, 258]]
+def test_word_tokens():
+    tokens = word_tokenizer(["A dog, a cat", "", "x " * 99, "\ud83d 漢字"], context_length=7)
+    a, dog, comma, again, cat = tokens[0, 1:6].tolist()
+    assert a == again and len({a, dog, comma, cat}) == 4
+    number = 1 + zlib.crc32(b"dog") % 8189
+    assert dog == number and tokens[0, 0] == 8190 and tokens[0, 6] == 8191
+    assert tokens[1].tolist() == [8190, 8191, 0, 0, 0, 0, 0]
+    assert len(set(tokens[2, 1:6].tolist())) == 1 and tokens[2, 6] == 8191      # cut, with its end
+    assert (tokens[3] > 0).sum() == 4                                       # half a character, a word
 
 
 CAPTIONS = [  # as given, and as ftfy 6.3.1 and the rest of CLIP's cleaning leave them
@@ -128,7 +132,7 @@ def test_clip_bpe_equals_clips():
 
 
 def test_tokenizer_follows_from_the_vocabulary():
-    assert data.make_tokenizer(259) is byte_tokenizer
+    assert data.make_tokenizer(8192) is word_tokenizer
     with pytest.raises(ValueError, match="32000"):
         data.make_tokenizer(32000)
 
@@ -213,7 +217,7 @@ def tars(tmp_path):
 
 def tar_stream(pattern, batch_size=4, place=None, n_workers=0, buffer=8, **kwargs):
     source = TarSource(expand_paths(pattern), 8, shuffle_buffer=buffer, **kwargs)
-    return SampleStream(source, batch_size, byte_tokenizer, 16, seed=0, n_workers=n_workers,
+    return SampleStream(source, batch_size, word_tokenizer, 16, seed=0, n_workers=n_workers,
                         place=place)
 
 
@@ -250,7 +254,7 @@ def test_an_epoch_of_tars_has_every_sample_once_shuffled_and_reproducible(tars):
     assert sorted(second) == list(range(60)) and second != first
     batch = take(tar_stream(tars), 1)[0]
     caption = f"number {numbers(batch)[0]}"
-    assert batch["tokens"][0].tolist() == byte_tokenizer([caption], 16)[0].tolist()
+    assert batch["tokens"][0].tolist() == word_tokenizer([caption], 16)[0].tolist()
     assert batch["labels"].tolist() == [n % 3 for n in numbers(batch)]
 
 
@@ -301,7 +305,7 @@ def number(tar_sample):
 def give_out(source, n_readers, place=None, counts=None, until_epoch=None):
     """What readers give from a place on: counts[r] samples by reader r, or all until an epoch
     -> how often each (epoch, number of a sample) was given, and the place after it."""
-    stream = SampleStream(source, 4, byte_tokenizer, 16, seed=0, n_workers=n_readers, place=place)
+    stream = SampleStream(source, 4, word_tokenizer, 16, seed=0, n_workers=n_readers, place=place)
     place, given = stream.place, Counter()
     readers, visits_of_an_epoch = dict(place["readers"]), place["parts"] * len(source.paths)
     for reader in range(n_readers):
@@ -586,7 +590,7 @@ def test_folder_captions_labels_and_broken_files(tmp_path):
     (tmp_path / "f" / "ant" / "3.png").write_bytes(b"broken")
     with pytest.raises(BadSample):
         source.load(3, True, np.random.default_rng(0))
-    batches = take(SampleStream(source, 6, byte_tokenizer, 32, 0, 0, max_skipped=0.5), 2)
+    batches = take(SampleStream(source, 6, word_tokenizer, 32, 0, 0, max_skipped=0.5), 2)
     assert sum(batches[-1]["state"]["skipped"].values()) == 1
     assert all(len(b["images"]) == 6 for b in batches)
     os.makedirs(tmp_path / "val" / "bee_fly")
@@ -603,25 +607,25 @@ def test_folder_captions_labels_and_broken_files(tmp_path):
 @pytest.mark.parametrize("n_workers", [0, 2])
 def test_indexed_sources_resume_exactly_and_do_not_depend_on_workers(n_workers):
     source = data.BuiltinSource(20, 16)
-    first = SampleStream(source, 6, byte_tokenizer, 64, 0, 0)
+    first = SampleStream(source, 6, word_tokenizer, 64, 0, 0)
     batches = take(first, 9)
     whole = [b["images"] for b in batches]
     epoch = torch.cat(whole)[:20]
     assert len({tuple(image.flatten().tolist()) for image in epoch}) == 20    # 20 scenes, each once
     for n in (0, 3, 4):
         place = place_after(first, batches[:n])
-        resumed = SampleStream(source, 6, byte_tokenizer, 64, 0, n_workers, place)
+        resumed = SampleStream(source, 6, word_tokenizer, 64, 0, n_workers, place)
         rest = [b["images"] for b in take(resumed, 9 - n)]
         assert all(torch.equal(a, b) for a, b in zip(rest, whole[n:]))
 
 
 def test_ranks_share_the_global_batch(monkeypatch):
     source = data.BuiltinSource(20, 16)
-    whole = take(SampleStream(source, 6, byte_tokenizer, 64, 0, 0), 4)
+    whole = take(SampleStream(source, 6, word_tokenizer, 64, 0, 0), 4)
     monkeypatch.setattr(data, "world_size", lambda: 3)
     for r in range(3):
         monkeypatch.setattr(data, "rank", lambda: r)
-        for a, b in zip(whole, take(SampleStream(source, 6, byte_tokenizer, 64, 0, 0), 4)):
+        for a, b in zip(whole, take(SampleStream(source, 6, word_tokenizer, 64, 0, 0), 4)):
             assert torch.equal(a["images"][r::3], b["images"])
             assert torch.equal(a["tokens"][r::3], b["tokens"])
 

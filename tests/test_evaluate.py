@@ -21,7 +21,7 @@ from PIL import Image, ImageColor
 import data
 import evaluate
 from conftest import FP32, ROOT, micro_config, run_script
-from data import TEMPLATES, byte_tokenizer, permutation, step_generator
+from data import TEMPLATES, permutation, step_generator, word_tokenizer
 from evaluate import (ImageSet, InceptionFID, frechet_distance, inception_score, load_statistics,
                       mean_and_covariance, plot_runs, precision_recall, psnr,
                       ssim)
@@ -806,7 +806,7 @@ def test_zero_shot_equals_a_loop_over_classes_and_templates(model):
     for name in names:
         total = 0
         for template in TEMPLATES:
-            feature = model.encode_text(byte_tokenizer([template.format(name)], 64), normalize=False)[0]
+            feature = model.encode_text(word_tokenizer([template.format(name)], 64), normalize=False)[0]
             total = total + feature / feature.norm()
         classes.append(total / total.norm())
     classes = torch.stack(classes)
@@ -820,7 +820,7 @@ def test_zero_shot_equals_a_loop_over_classes_and_templates(model):
         order = sorted(range(len(names)), key=lambda c: -float(feature @ classes[c]))
         top1, top5 = top1 + (order[0] == label) / 40, top5 + (label in order[:5]) / 40
     assert 0.2 < top1 < 0.9
-    found = evaluate.zero_shot(model, features, labels, names, TEMPLATES, byte_tokenizer)
+    found = evaluate.zero_shot(model, features, labels, names, TEMPLATES, word_tokenizer)
     # Wilson's bounds are where the score test is at its limit: |p - measured| = z sqrt(p (1 - p) / n)
     z = scipy.stats.norm.ppf(0.975)
 
@@ -831,12 +831,12 @@ def test_zero_shot_equals_a_loop_over_classes_and_templates(model):
     assert found == pytest.approx(dict(
         zero_shot_top1=top1, zero_shot_top5=top5, zero_shot_chance=1 / 7, zero_shot_interval=(high - low) / 2,
         zero_shot_templates=len(TEMPLATES)))
-    few = evaluate.zero_shot(model, features, labels % 5, names[:5], TEMPLATES, byte_tokenizer)
+    few = evaluate.zero_shot(model, features, labels % 5, names[:5], TEMPLATES, word_tokenizer)
     assert "zero_shot_top5" not in few
 
 
 def test_class_embeddings_do_not_depend_on_the_size_of_a_batch(model):
-    arguments = (model, ["cat", "dog", "tree"], TEMPLATES, byte_tokenizer)
+    arguments = (model, ["cat", "dog", "tree"], TEMPLATES, word_tokenizer)
     whole, parts = evaluate.class_embeddings(*arguments), evaluate.class_embeddings(*arguments, batch_size=5)
     torch.testing.assert_close(parts, whole, **FP32)      # products of another shape
 
@@ -844,7 +844,7 @@ def test_class_embeddings_do_not_depend_on_the_size_of_a_batch(model):
 def test_zero_shot_refuses_labels_without_a_name_and_templates_without_a_place(model):
     def classify(labels, templates):
         features, names = torch.randn(2, 32), ["a", "b"]
-        evaluate.zero_shot(model, features, torch.tensor(labels), names, templates, byte_tokenizer)
+        evaluate.zero_shot(model, features, torch.tensor(labels), names, templates, word_tokenizer)
     for labels, words in (([0, 3], "are 0 to 3, and there are 2 class names"), ([-1, 0], "are -1 to 0")):
         with pytest.raises(ValueError, match=words):
             classify(labels, TEMPLATES)
@@ -1029,10 +1029,10 @@ def test_images_become_8_bits_by_truncation_and_reconstructions_are_clamped(imag
 
 def test_each_image_keeps_its_caption(model, images):
     captions = [f"blob number {i}" for i in range(4)]
-    subject = evaluate.Subject(model, byte_tokenizer, n_layers=1)
+    subject = evaluate.Subject(model, word_tokenizer, n_layers=1)
     found = subject.features(images[:4], captions, torch.arange(4))["text_features"]
     for caption, feature in zip(captions, found):
-        alone = model.encode_text(byte_tokenizer([caption], 64)).float()[0]
+        alone = model.encode_text(word_tokenizer([caption], 64)).float()[0]
         torch.testing.assert_close(feature, alone, **FP32)      # products of another shape
 
 
@@ -1047,7 +1047,7 @@ def test_measure_leaves_out_what_has_no_label_and_what_the_model_cannot_do(model
     captions = [f"blob {i % 5}" for i in range(12)]
     labels = torch.tensor([0, 1, 2, -1] * 3)
     held_out, gallery = (images[:12], captions, labels), (images[12:], captions, labels.roll(1))
-    subject = evaluate.Subject(model, byte_tokenizer, class_names=["a", "b", "c"])
+    subject = evaluate.Subject(model, word_tokenizer, class_names=["a", "b", "c"])
     row, test, _ = evaluate.measure(subject, held_out, gallery, seed=4)
     assert set(row) == {
         "psnr", "ssim", "image_to_text", "text_to_image", "retrieval_chance", "zero_shot_top1",
@@ -1364,14 +1364,14 @@ def test_zero_shot_takes_squashed_images_where_asked(model, images):
     """As the authors' protocol does; all other figures stay with the centre crop."""
     captions, labels = [f"blob {i}" for i in range(12)], torch.arange(12) % 3
     held_out, gallery = (images[:12], captions, labels), (images[12:], captions, labels)
-    subject = evaluate.Subject(model, byte_tokenizer, class_names=["a", "b", "c"], n_layers=1)
+    subject = evaluate.Subject(model, word_tokenizer, class_names=["a", "b", "c"], n_layers=1)
     plain, test, _ = evaluate.measure(subject, held_out, gallery)
     subject.squashed = (images[:12].flip(-1), captions, labels)
     row, again, _ = evaluate.measure(subject, held_out, gallery)
     assert all(torch.equal(x, again[name]) for name, x in test.items())
     features = model.encode_image(normalize(images[:12].flip(-1) / 255))
     expected = evaluate.zero_shot(model, features, labels, subject.class_names, subject.templates,
-                                  byte_tokenizer)
+                                  word_tokenizer)
     changed = {name for name in row if row[name] != plain[name]}
     assert all(row[name] == expected[name] for name in expected)
     assert changed <= {"zero_shot_top1", "zero_shot_interval"}

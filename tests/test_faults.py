@@ -33,8 +33,8 @@ import dit
 import evaluate
 import train_dit
 import train_tokenizer
-from data import (BadSample, SampleStream, TarSource, byte_tokenizer, each_sample, load_evaluation_set,
-                  read_tar)
+from data import (BadSample, SampleStream, TarSource, each_sample, load_evaluation_set, read_tar,
+                  word_tokenizer)
 from test_data import write_tar
 from vtp import UserError
 
@@ -252,7 +252,7 @@ def test_of_a_damaged_tar_what_is_whole_comes_and_the_rest_is_counted(tmp_path, 
             assert not good and str(path.name) in str(error), case
         n_bad = len(found) - len(good)
         try:
-            stream = SampleStream(source, 4, byte_tokenizer, 16, seed=0, n_workers=0, max_skipped=0.6)
+            stream = SampleStream(source, 4, word_tokenizer, 16, seed=0, n_workers=0, max_skipped=0.6)
             batches = [batch for batch, _ in zip(stream, range(len(good)))]         # four epochs
             counted = sum(batches[-1]["state"]["skipped"].values())
             assert 3 * n_bad <= counted <= 4 * n_bad, case

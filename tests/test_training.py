@@ -45,7 +45,7 @@ def setting(micro_model, out, *more, device="cpu"):
     state = train.build_state(args, config, torch.device(device))
     source = data.BuiltinSource(args.batch_size, config.image_size)
     images = torch.tensor(source.images, device=device)
-    tokens = data.byte_tokenizer(source.captions, config.text_context_length).to(device)
+    tokens = data.word_tokenizer(source.captions, config.text_context_length).to(device)
     return args, config, state, lambda step: train.make_views(args, config, step, images, tokens)
 
 
@@ -439,7 +439,8 @@ def test_a_killed_run_resumes_bit_for_bit(micro_model, tmp_path, monkeypatch, ca
         assert [row["step"] for row in measures] == [0, 6, 12]
         assert set(measures[-1]) == {
             "kind", "step", "samples", "flops", "psnr", "ssim", "image_to_text", "text_to_image",
-            "retrieval_chance", "linear_probe", "linear_probe_balanced", "linear_probe_rate", "knn", "chance"}
+            "retrieval_chance", "linear_probe", "linear_probe_balanced", "linear_probe_rate", "knn",
+            "class_share", "chance"}
         assert glob.glob(str(cut / "reconstructions_*.png"))
     capsys.readouterr()
     another_run, not_the_same = ["--init", micro_model, *FAST], ["--resume", "--seed", "5"]
@@ -530,18 +531,16 @@ def test_initial_gains_are_those_asked_for(tmp_path):
     ends = ("trunk.patch_embed.proj.weight", "trunk.feature_bottleneck.weight",
             "pixel_decoder.proj_in.weight", "pixel_decoder.proj_out.weight")
 
-    def initial(io_gain, block_gain, token_gain):
+    def initial(io_gain, block_gain):
         settings = train.read_settings(["--out", str(tmp_path / "o"), "--io_gain", io_gain,
-                                        "--block_gain", block_gain, "--token_gain", token_gain])
+                                        "--block_gain", block_gain])
         return train.build_state(*settings, torch.device("cpu")).model.state_dict()
-    plain = initial("1", "1", "1")
-    for name, value in initial("2", "4", "8").items():
+    plain = initial("1", "1")
+    for name, value in initial("2", "4").items():
         if name in ends:
             factor = 2
-        elif name.startswith("trunk.blocks") and value.ndim == 2:
-            factor = 4
         else:
-            factor = 8 if name == "token_embedding.weight" else 1
+            factor = 4 if name.startswith("trunk.blocks") and value.ndim == 2 else 1
         assert torch.equal(value, factor * plain[name]), name      # powers of two: exact
 
 
@@ -635,7 +634,7 @@ def test_init_names_what_is_new_and_what_is_left_out(micro_model, tmp_path, caps
     (["--resume"], "no run.json"),
     (["--classnames", "/nowhere"], "classnames"),
     (["--canvas", "-1"], "--canvas: -1: must be positive"),
-    (["--image_size", "40"], "40"),
+    (["--image_size", "44"], "44"),
     (["--max_skipped", "1"], "--max_skipped: 1: must be between 0 and 1"),
     (["--workers", "-1"], "--workers: -1: must be positive or 0"),
     (["--bpe", "/nowhere", "--model", "small"], "bpe")])
