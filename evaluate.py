@@ -992,7 +992,7 @@ def plot_runs(runs):
 # ----- The study: does understanding drive generation? (the paper's figures 2, 4, 5, 6, 7) ----------------
 # Each of its runs is an ordinary one of the three scripts, in FOLDER/NAME: tokenizer/, dit/ and evaluation/.
 # commands.jsonl there says how it was made, and how long that took. All runs have one DiT budget, on one
-# training set, and one pair of judges; what differs is the tokenizer.
+# training set, and one pair of judges; what differs is the tokenizer. study.json keeps all figures.
 
 # The AE has the best of its own learning rates: 5e-4, 1e-3, 2e-3 gave 25.1, 26.3, 26.8 dB after 25,600
 # samples (one seed), but with all three objectives 22.9, 22.8, 21.8 dB and probes of 0.295, 0.279, 0.205.
@@ -1070,6 +1070,8 @@ class Study:
         self.deadline, self.children, self.lock = time.time() + 3600 * args.hours, set(), threading.Lock()
         self.jobs = args.jobs or (1 if torch.cuda.is_available() else os.cpu_count())
         self.stop, self.judging = threading.Event(), threading.Lock()
+        path = os.path.join(args.study, "study.json")
+        self.known = read_json(path) if os.path.isfile(path) else {}    # figures of runs by name
 
     def make(self):
         """Run what is missing, until the time is over, or Ctrl-C or SIGTERM says so. UserError: a script
@@ -1098,7 +1100,9 @@ class Study:
             self.children.clear()
 
     def done(self, run):
-        """{script: seconds} of what a run has behind it, all calls of it together."""
+        """{script: seconds} of what a run has behind it, all calls of it together; 0 of one in study.json."""
+        if run.name in self.known:
+            return dict.fromkeys(SCRIPTS, 0)
         path = os.path.join(self.args.study, run.name, "commands.jsonl")
         rows = [json.loads(line) for line in open(path)] if os.path.isfile(path) else []
         return {script: sum(row["seconds"] for row in rows if row["script"] == script)
@@ -1143,6 +1147,9 @@ class Study:
         """A row for each run that has been made: its figures, its tokenizer's FLOPs, seconds of all."""
         rows = []
         for run in self.runs:
+            if run.name in self.known:
+                rows.append(self.known[run.name])
+                continue
             folder, seconds = os.path.join(self.args.study, run.name), self.done(run)
             if SCRIPTS[-1] in seconds:
                 figures = read_json(os.path.join(folder, "evaluation", "results.json"))["figures"]
@@ -1242,7 +1249,8 @@ def study_table(rows):
 def draw_study_samples(args, rows):
     """samples.png: the AE and the full method at the lowest, a middle and the highest level; one noise,
     two samples of each class in a row."""
-    chosen = [row for row in rows if row["variant"] in ENDS and not row["change"] and row["seed"] == 0]
+    chosen = [row for row in rows if row["variant"] in ENDS and not row["change"] and row["seed"] == 0
+              and os.path.isfile(os.path.join(args.study, row["name"], "dit", "checkpoint.pt"))]
     levels = sorted({row["samples"] for row in chosen})
     levels = {levels[k] for k in (0, len(levels) // 2, -1)} if levels else ()
     images, names = [], []
@@ -1266,8 +1274,8 @@ def make_study(args):
     study = Study(args)
     study.make()
     rows = study.results()
-    write_atomically(os.path.join(args.study, "study.json"),
-                     lambda f: f.write((json.dumps(rows, indent=1) + "\n").encode()))
+    figures = json.dumps(study.known | {row["name"]: row for row in rows}, indent=1) + "\n"
+    write_atomically(os.path.join(args.study, "study.json"), lambda f: f.write(figures.encode()))
     text = study_table(rows) + "\n"
     write_atomically(os.path.join(args.study, "study.md"), lambda f: f.write(text.encode()))
     draw_study(rows, args.study)
@@ -1293,7 +1301,8 @@ def make_parser():
     option("--images", "a folder of one's own images: their reconstructions alone")
     option("--plot", "draw the paper's figures for these runs alone", nargs="+")
     option("--study", "a folder for the runs, figures and table of the study, which are made there alone; on "
-           "--data, if given, else on the built-in set. The same command goes on after a stop")
+           "--data, if given, else on the built-in set. The same command goes on after a stop; runs whose "
+           "figures are in FOLDER/study.json are made, whether their folders are still there or not")
     group.add_argument("--quick", action="store_true", help="of the study, two variants, one level, one seed")
     option("--hours", "after which the study stops, for now", 1000.0, float)
     option("--jobs", "runs of the study at a time [on a GPU 1, else one a core]", type=int)
