@@ -999,9 +999,9 @@ def plot_runs(runs):
 VARIANTS = {"AE": ("--lambda_clip", "0", "--lambda_ssl", "0", "--lr", "2e-3"),
             "SSL+AE": ("--lambda_clip", "0"), "CLIP+AE": ("--lambda_ssl", "0"), "CLIP+SSL+AE": ()}
 ENDS = ("AE", "CLIP+SSL+AE")                        # what is compared where all four would take too long
-STUDY_SAMPLES = (10_240, 20_480, 40_960, 81_920)    # seen by the tokenizer: the levels of compute
-STUDY_SEEDS = 3                                     # at the lowest and the highest level
-STUDY_IMAGES = (256, 1024, 4096)                    # in the tokenizer's training set, beside all of them
+STUDY_SAMPLES = (10_240, 20_480, 40_960, 81_920, 163_840)   # seen by the tokenizer: the levels of compute
+STUDY_SEEDS = 3                                     # at the highest level, and of ENDS at the lowest
+STUDY_IMAGES = (256, 2048, 16_384)                  # in the tokenizer's training set, beside all of them
 STUDY_ENCODERS = ("tiny-128", "tiny-192")           # beside tiny
 STUDY_RATES = (5e-4, 4e-3)                          # of learning, for the AE, beside its own
 SCRIPTS = ("train_tokenizer.py", "train_dit.py", "evaluate.py")
@@ -1026,21 +1026,21 @@ def plan_study(is_quick, is_built_in):
     """Its runs, in an order in which those that were made say the most. Other data than the built-in set gets
     the two end points of the finding alone."""
     first, *middle, last = STUDY_SAMPLES
+    seeds, between = range(STUDY_SEEDS), tuple(variant for variant in VARIANTS if variant not in ENDS)
     if is_quick:
         return [StudyRun(variant, last) for variant in ENDS]
     if not is_built_in:
-        return [StudyRun(variant, last, seed) for seed in range(STUDY_SEEDS) for variant in ENDS]
-    between = tuple(variant for variant in VARIANTS if variant not in ENDS)
-    runs = [StudyRun(variant, samples, seed) for variants in (ENDS, between) for seed in range(STUDY_SEEDS)
-            for samples in (last, first) for variant in variants]
-    runs += [StudyRun("CLIP+SSL+AE", last, seed, "features", ("--bottleneck_ae_only",))
-             for seed in range(STUDY_SEEDS)]
+        return [StudyRun(variant, middle[1], seed) for seed in seeds for variant in ENDS]
+    runs = [StudyRun(variant, samples, seed) for samples in (last, first) for seed in seeds for variant in ENDS]
+    runs += [StudyRun(variant, last, seed) for seed in seeds for variant in between]
     runs += [StudyRun(variant, samples) for samples in reversed(middle) for variant in VARIANTS]
-    runs += [StudyRun("AE", middle[-1], 0, f"lr {lr}", ("--lr", f"{lr}")) for lr in STUDY_RATES]
+    runs += [StudyRun(variant, first) for variant in between]
+    runs += [StudyRun("CLIP+SSL+AE", last, seed, "features", ("--bottleneck_ae_only",)) for seed in seeds]
     runs += [StudyRun(variant, middle[-1], 0, f"{n} images", ("--train_size", f"{n}"))
              for n in STUDY_IMAGES for variant in ENDS]
-    return runs + [StudyRun(variant, middle[-1], 0, model, ("--model", model))
-                   for model in STUDY_ENCODERS for variant in ENDS]
+    runs += [StudyRun(variant, middle[-1], 0, model, ("--model", model))
+             for model in STUDY_ENCODERS for variant in ENDS]
+    return runs + [StudyRun("AE", middle[1], 0, f"lr {lr}", ("--lr", f"{lr}")) for lr in STUDY_RATES]
 
 
 def study_commands(args, run):
@@ -1207,7 +1207,7 @@ def draw_study(rows, folder):
         dots = {name: tuple(zip(*pairs)) or ((), ()) for name, pairs in dots.items()}
         charts.append(draw_chart(dots, title, label, "gFID (judge), no guidance", joined=False))
     save_image(chart_sheet(charts, columns=3), os.path.join(folder, "understanding.png"))
-    rows_of = {variant: of(variant, samples=STUDY_SAMPLES[-2]) for variant in ENDS}
+    rows_of = {variant: of(variant, samples=STUDY_SAMPLES[-2]) for variant in ENDS}     # as in plan_study
     data_rows = {variant: [row for row in rows if row["change"] in ("", f"{row['train_size']} images")]
                  for variant, rows in rows_of.items()}
     size_rows = {variant: [row for row in rows if row["change"] in ("", row["model"])]

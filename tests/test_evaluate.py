@@ -1191,13 +1191,18 @@ def quick_judge(images, labels, n_classes, device, seed=0):
 
 # ----- The study ------------------------------------------------------------------------------------------
 
-def test_the_studys_plan_has_every_variant_at_both_ends_with_all_seeds_and_no_run_twice():
+def test_the_studys_plan_has_every_variant_on_every_level_seeds_at_the_ends_and_no_run_twice():
     runs = evaluate.plan_study(False, True)
     assert len({run.name for run in runs}) == len(runs)
     ladder = {(run.variant, run.samples, run.seed) for run in runs if not run.change}
-    ends = {(v, n, s) for v in evaluate.VARIANTS for n in evaluate.STUDY_SAMPLES[::3] for s in range(3)}
-    middle = {(v, n, 0) for v in evaluate.VARIANTS for n in evaluate.STUDY_SAMPLES[1:3]}
-    assert ladder == ends | middle and len(evaluate.STUDY_SAMPLES) == 4
+    first, *middle, last = evaluate.STUDY_SAMPLES
+    assert len(middle) >= 2
+    wanted = {(v, last, s) for v in evaluate.VARIANTS for s in range(3)}
+    wanted |= {(v, first, s) for v in evaluate.ENDS for s in range(3)}
+    assert ladder == wanted | {(v, n, 0) for v in evaluate.VARIANTS for n in (first, *middle)}
+    for changes in (evaluate.STUDY_ENCODERS, [f"{n} images" for n in evaluate.STUDY_IMAGES]):
+        compared = {(run.variant, run.change, run.samples) for run in runs if run.change in changes}
+        assert compared == {(v, change, middle[-1]) for v in evaluate.ENDS for change in changes}
     assert [run.variant for run in evaluate.plan_study(True, True)] == list(evaluate.ENDS)
     on_data = evaluate.plan_study(False, False)
     assert {(run.variant, run.seed) for run in on_data} == {(v, s) for v in evaluate.ENDS for s in range(3)}
@@ -1260,7 +1265,7 @@ def test_a_study_is_stopped_and_goes_on_and_leaves_figures_and_a_table(micro_mod
 
 def test_a_script_that_fails_ends_the_study_with_its_log_named(tmp_path, monkeypatch):
     monkeypatch.setattr(evaluate, "study_commands", lambda args, run: [("evaluate.py", ["--no_such_option"])])
-    with pytest.raises(UserError, match="evaluate.py of AE-81920-seed0 failed: see the end of .*evaluate"):
+    with pytest.raises(UserError, match="evaluate.py of AE-[0-9]*-seed0 failed: see the end of .*evaluate"):
         evaluate.make_study(study_arguments(tmp_path, jobs=1))
 
 
