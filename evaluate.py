@@ -11,7 +11,7 @@ Samples, a folder or a .npz with arr_0, against a reference (the same, or the st
 One's own images through a tokenizer; the paper's figures for several runs:
     python evaluate.py --images my_photos
     python evaluate.py --plot runs/tokenizer runs/ae
-The paper's finding in small: tokenizers of four kinds and four levels of compute, and a DiT on each:
+The paper's finding in small: tokenizers of four kinds and five levels of compute, and a DiT on each:
     python evaluate.py --study runs/study --hours 2
 
 It prints a table and leaves results.json and pictures in --out.
@@ -1070,6 +1070,8 @@ class Study:
         self.deadline, self.children, self.lock = time.time() + 3600 * args.hours, set(), threading.Lock()
         self.jobs = args.jobs or (1 if torch.cuda.is_available() else os.cpu_count())
         self.stop, self.judging = threading.Event(), threading.Lock()
+        if args.hours == 0:
+            self.stop.set()
         path = os.path.join(args.study, "study.json")
         self.known = read_json(path) if os.path.isfile(path) else {}    # figures of runs by name
 
@@ -1224,6 +1226,7 @@ STUDY_TABLE = (("PSNR", "psnr", 1), ("rFID", "rfid", 3), ("linear probe", "linea
                ("gFID", "gfid", 2), ("of their class", "sample_accuracy", 3),
                ("gFID, w = 1", "gfid_guidance1", 2),
                ("of their class, w = 1", "sample_accuracy_guidance1", 3),
+               ("by zero-shot", "sample_zero_shot_guidance1", 3),
                ("precision, w = 1", "precision_guidance1", 3), ("recall, w = 1", "recall_guidance1", 3),
                ("gFID, second judge", "gfid_judge1", 2))
 
@@ -1304,7 +1307,7 @@ def make_parser():
            "--data, if given, else on the built-in set. The same command goes on after a stop; runs whose "
            "figures are in FOLDER/study.json are made, whether their folders are still there or not")
     group.add_argument("--quick", action="store_true", help="of the study, two variants, one level, one seed")
-    option("--hours", "after which the study stops, for now", 1000.0, float)
+    option("--hours", "after which the study stops, for now; 0: figures of what is there", 1000.0, float)
     option("--jobs", "runs of the study at a time [on a GPU 1, else one a core]", type=int)
     group = parser.add_argument_group("data; default: what --tokenizer was trained on")
     option("--data", "training set, for probes and as a reference")

@@ -1233,6 +1233,8 @@ def test_a_study_is_stopped_and_goes_on_and_leaves_figures_and_a_table(micro_mod
     for name in ("judge.pt", "judge_1.pt"):
         torch.save(content, folder / name)
 
+    evaluate.make_study(study_arguments(folder, hours=0.0))
+    assert "0 of 2 runs are there" in capsys.readouterr().out and not [*folder.glob("AE*")]
     evaluate.make_study(study_arguments(folder, hours=1e-6))
     assert "0 of 2 runs are there" in capsys.readouterr().out
     threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGTERM)).start()
