@@ -11,7 +11,7 @@ Samples, a folder or a .npz with arr_0, against a reference (the same, or the st
 One's own images through a tokenizer; the paper's figures for several runs:
     python evaluate.py --images my_photos
     python evaluate.py --plot runs/tokenizer runs/ae
-The paper's finding in small: tokenizers of four kinds and five levels of compute, and a DiT on each:
+The paper's finding in small: tokenizers of four kinds and four levels of compute, and a DiT on each:
     python evaluate.py --study runs/study --hours 2
 
 It prints a table and leaves results.json and pictures in --out.
@@ -999,7 +999,8 @@ def plot_runs(runs):
 VARIANTS = {"AE": ("--lambda_clip", "0", "--lambda_ssl", "0", "--lr", "2e-3"),
             "SSL+AE": ("--lambda_clip", "0"), "CLIP+AE": ("--lambda_ssl", "0"), "CLIP+SSL+AE": ()}
 ENDS = ("AE", "CLIP+SSL+AE")                        # what is compared where all four would take too long
-STUDY_SAMPLES = (10_240, 20_480, 40_960, 81_920, 163_840)   # seen by the tokenizer: the levels of compute
+STUDY_SAMPLES = (15_360, 30_720, 61_440, 122_880)   # seen by the tokenizer: the levels of compute
+STUDY_DIT_SAMPLES = 163_840                         # seen by each DiT
 STUDY_SEEDS = 3                                     # at the highest level, and of ENDS at the lowest
 STUDY_IMAGES = (256, 2048, 16_384)                  # in the tokenizer's training set, beside all of them
 STUDY_ENCODERS = ("tiny-128", "tiny-192")           # beside tiny
@@ -1056,8 +1057,8 @@ def study_commands(args, run):
     return [
         (SCRIPTS[0], [*VARIANTS[run.variant], *run.options, "--samples", f"{run.samples}",
                       "--seed", f"{run.seed}", *few, *of_data, *held_out, "--out", tokenizer]),
-        (SCRIPTS[1], ["--tokenizer", tokenizer, "--seed", f"{run.seed}", "--eval_samples", "0", *of_data,
-                      "--out", dit]),
+        (SCRIPTS[1], ["--tokenizer", tokenizer, "--samples", f"{STUDY_DIT_SAMPLES}", "--seed", f"{run.seed}",
+                      "--eval_samples", "0", *of_data, "--out", dit]),
         (SCRIPTS[2], ["--tokenizer", tokenizer, "--dit", dit, "--judge", judge, "--judges", "2",
                       "--fid_features", "judge", "--lpips", "none", "--guidance", "4", "1",
                       "--n_val", "1024", "--n_train", "4096", "--out", os.path.join(folder, "evaluation")])]

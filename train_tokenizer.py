@@ -117,7 +117,7 @@ def make_parser():
     option("--n_local", 8, "local crops a sample, 3/8 of the side in whole patches (DINOv2)", count, tiny=4)
 
     section("length and batch")
-    option("--samples", 100_000_000, "image-text pairs seen in all", count, tiny=30_720)
+    option("--samples", 100_000_000, "image-text pairs seen in all", count, tiny=40_960)
     option("--batch_size", 1024, "pairs a step over all ranks: CLIP's (paper: 16k)", count, tiny=64)
     option("--ssl_batch_size", None, "of them for SSL; default: a quarter (paper), in tiny an eighth", count)
     option("--rec_batch_size", None, "of them to decode; default: an eighth (paper), all if tiny", count)

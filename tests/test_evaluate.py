@@ -1223,10 +1223,11 @@ def test_a_study_is_stopped_and_goes_on_and_leaves_figures_and_a_table(micro_mod
         (train, of_train), (dit, of_dit), (measure, of_measure) = commands(args, run)
         few = ["--train_size", "48", "--log_every", "1"]
         return [(train, ["--init", micro_model, *of_train[:-2], *few, *of_train[-2:]]),
-                (dit, ["--samples", "16", "--batch_size", "8", "--steps", "4", *few, *of_dit]),
+                (dit, ["--batch_size", "8", "--steps", "4", *few, *of_dit]),
                 (measure, [*SMALL, *of_measure])]
     monkeypatch.setattr(evaluate, "study_commands", short)
     monkeypatch.setattr(evaluate, "STUDY_SAMPLES", (64, 128, 192, 256))
+    monkeypatch.setattr(evaluate, "STUDY_DIT_SAMPLES", 16)
     folder, source, judge = tmp_path / "study", data.BuiltinSource(48, 64), evaluate.Judge(10)
     folder.mkdir()
     content = dict(judge=judge.state_dict(), accuracy=0.5, fingerprint=f"{source.fingerprint()} 10 classes")
