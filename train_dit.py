@@ -83,13 +83,15 @@ def make_parser():
     flag("--qk_norm", "normalise queries and keys, against NaNs (LightningDiT's variant; paper: without)")
     option("--samples", 102_400_000, "latents seen in all (paper: 100k steps of 1,024)", count, tiny=122_880)
     option("--batch_size", 1024, "latents a step over all ranks", count, tiny=64)
-    option("--lr", 2e-4, "learning rate (LightningDiT)", positive, tiny=1.5e-3)
+    option("--lr", 2e-4, "learning rate (LightningDiT)", positive, tiny=3e-3)
     option("--lr_end", 2e-4, "where its cosine ends (LightningDiT: constant)", not_negative, tiny=0.0)
     option("--warmup", 0.0, "linear warm-up, as a part of the run (LightningDiT: none)", share)
     option("--clip_grad", 0.0, "largest gradient norm; 0: any (the paper's configs)", not_negative, tiny=1.0)
     option("--ema", 0.9999, "decay of the averaged weights, which are those that sample", share, tiny=0.995)
     option("--mu", -0.5, "of t = sigmoid(mu + sigma normal) (paper: VTP-L -0.75)", float, tiny=-0.4)
     option("--sigma", 1.25, "see --mu (paper: VTP-L 1.0)", positive, tiny=1.0)
+    flag("--mirror", "learn images' mirror images too (LightningDiT); default: if not built in, where an arrow "
+         "points right", yes_or_no=True, default=None)
     option("--label_dropout", 0.1, "share of labels replaced by the null class, for guidance", share)
     option("--seed", 0, "of initialisation, data order and every draw; with --sample, of the noise", whole)
 
@@ -138,6 +140,8 @@ def read_settings(argv=None):
     if args.sample is None:
         if args.eval_samples is None:
             args.eval_samples = 500 if args.data is None else 0
+        if args.mirror is None:
+            args.mirror = args.data is not None
         check_training(args)
     if args.steps < 2:
         raise ValueError(f"--steps {args.steps}: a time grid has at least 2 points")
@@ -479,13 +483,15 @@ def make_batch(args, step, latents, labels, mean, std, num_classes):
     """What a step reads: this rank's data, noise, times and labels, drawn for the global batch from (seed,
     step).
 
-    latents (b, 2, d, h, w), an image's and its mirror image's, of which one is taken; labels (b,)."""
+    latents (b, 2, d, h, w), an image's and its mirror image's, which half of them are with --mirror; labels
+    (b,)."""
     generator, B = data.step_generator(args.seed, step, latents.device), args.batch_size
     drawn = dict(generator=generator, device=latents.device)
     normals, (is_mirrored, is_dropped) = torch.randn(B, **drawn), torch.rand(2, B, **drawn)
     noise = torch.randn(B, *latents.shape[2:], **drawn)
     normals, is_mirrored, is_dropped = (data.own_share(x) for x in (normals, is_mirrored, is_dropped))
-    latents = torch.where((is_mirrored < 0.5).view(-1, 1, 1, 1), latents[:, 0], latents[:, 1])
+    is_mirrored = is_mirrored < (0.5 if args.mirror else 0.0)
+    latents = torch.where(is_mirrored.view(-1, 1, 1, 1), latents[:, 1], latents[:, 0])
     return dict(latents=(latents.float() - mean) / std, noise=noise[rank()::world_size()],
                 t=draw_timesteps(normals, args.mu, args.sigma),
                 labels=torch.where(is_dropped < args.label_dropout, num_classes, labels))

@@ -759,7 +759,7 @@ def test_the_batch_is_the_global_draw(micro_model, finished):
     """Noise, times, mirrors and dropped labels of a step: as their definition, from a generator of
     (seed, step)."""
     more = ["--batch_size", "64", "--label_dropout", "0.5", "--samples", "640"]
-    args = micro_args(micro_model, finished, *more)
+    args = micro_args(micro_model, finished, *more, "--mirror")
     latents = torch.stack((torch.zeros(64, 3, 2, 2), torch.ones(64, 3, 2, 2)), dim=1)
     labels = torch.arange(64) % 10
     mean, std = torch.full((1, 3, 1, 1), 2.0), torch.full((1, 3, 1, 1), 4.0)
@@ -773,6 +773,9 @@ def test_the_batch_is_the_global_draw(micro_model, finished):
     assert torch.equal(batch["labels"][is_kept], labels[is_kept])
     assert abs(batch["noise"].mean()) < 0.2                 # 768 draws: 5 standard errors
     assert 0 < batch["t"].min() and batch["t"].max() < 1
+    args.mirror = micro_args(micro_model, finished).mirror      # the built-in set is not mirrored
+    batch = train_dit.make_batch(args, 5, latents, labels, mean, std, 10)
+    assert (batch["latents"] == -0.5).all()
 
 
 def test_counted_flops_are_three_times_the_forwards_products(micro_model, finished):
