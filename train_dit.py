@@ -81,7 +81,7 @@ def make_parser():
     section("training")
     option("--model", "tiny", f"size: {', '.join(DIT_SIZES)}", choices=DIT_SIZES)
     flag("--qk_norm", "normalise queries and keys, against NaNs (LightningDiT's variant; paper: without)")
-    option("--samples", 102_400_000, "latents seen in all (paper: 100k steps of 1,024)", count, tiny=122_880)
+    option("--samples", 102_400_000, "latents seen in all (paper: 100k steps of 1,024)", count, tiny=98_304)
     option("--batch_size", 1024, "latents a step over all ranks", count, tiny=64)
     option("--lr", 2e-4, "learning rate (LightningDiT)", positive, tiny=3e-3)
     option("--lr_end", 2e-4, "where its cosine ends (LightningDiT: constant)", not_negative, tiny=0.0)
