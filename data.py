@@ -726,8 +726,8 @@ def word_tokenizer(texts, context_length=77):
     a number are the same to it: of 100 words, that happens to a pair in half of the cases."""
     def number(word):
         return 1 + zlib.crc32(word.encode("utf-8", "replace")) % (WORD_VOCAB - 3)   # may be half a character
-    words = (re.findall(r"\w+|[^\w\s]", text.lower()) for text in texts)
-    return pad_tokens([[*map(number, text)] for text in words], context_length, WORD_VOCAB - 2, WORD_VOCAB - 1)
+    lists = [[number(word) for word in re.findall(r"\w+|[^\w\s]", text.lower())] for text in texts]
+    return pad_tokens(lists, context_length, WORD_VOCAB - 2, WORD_VOCAB - 1)
 
 
 # Mojibake: UTF-8 that was read as latin-1 or cp1252, in which five bytes have no character.

@@ -1033,7 +1033,8 @@ def plan_study(is_quick, is_built_in):
         return [StudyRun(variant, last) for variant in ENDS]
     if not is_built_in:
         return [StudyRun(variant, middle[1], seed) for seed in seeds for variant in ENDS]
-    runs = [StudyRun(variant, samples, seed) for samples in (last, first) for seed in seeds for variant in ENDS]
+    runs = [StudyRun(variant, samples, seed) for samples in (last, first) for seed in seeds
+            for variant in ENDS]
     runs += [StudyRun(variant, last, seed) for seed in seeds for variant in between]
     runs += [StudyRun(variant, samples) for samples in reversed(middle) for variant in VARIANTS]
     runs += [StudyRun(variant, first) for variant in between]

@@ -90,8 +90,8 @@ def make_parser():
     option("--ema", 0.9999, "decay of the averaged weights, which are those that sample", share, tiny=0.995)
     option("--mu", -0.5, "of t = sigmoid(mu + sigma normal) (paper: VTP-L -0.75)", float, tiny=-0.4)
     option("--sigma", 1.25, "see --mu (paper: VTP-L 1.0)", positive, tiny=1.0)
-    flag("--mirror", "learn images' mirror images too (LightningDiT); default: if not built in, where an arrow "
-         "points right", yes_or_no=True, default=None)
+    flag("--mirror", "learn images' mirror images too (LightningDiT); default: not if built in, where arrows "
+         "point right", yes_or_no=True, default=None)
     option("--label_dropout", 0.1, "share of labels replaced by the null class, for guidance", share)
     option("--seed", 0, "of initialisation, data order and every draw; with --sample, of the noise", whole)
 

@@ -1216,7 +1216,7 @@ def study_arguments(folder, **changes):
 
 def test_a_study_is_stopped_and_goes_on_and_leaves_figures_and_a_table(micro_model, tmp_path, monkeypatch,
                                                                       capsys):
-    """Scripts of a few steps, in processes as in a real study; stopped by the clock, by a signal, then made."""
+    """Scripts of a few steps, each a process, as in a study; stopped by the clock, by a signal, then made."""
     commands = evaluate.study_commands
 
     def short(args, run):
