@@ -495,6 +495,7 @@ from vtp import VTP
 losses.init_distributed()
 source, model = data.open_source({pattern!r}, 64), VTP.from_pretrained({model!r})
 write_cache(sys.argv[1], source, model, n_workers=int(sys.argv[2]))
+losses.leave_distributed()
 """
 
 
