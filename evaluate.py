@@ -1001,7 +1001,7 @@ VARIANTS = {"AE": ("--lambda_clip", "0", "--lambda_ssl", "0", "--lr", "2e-3"),
             "SSL+AE": ("--lambda_clip", "0"), "CLIP+AE": ("--lambda_ssl", "0"), "CLIP+SSL+AE": ()}
 ENDS = ("AE", "CLIP+SSL+AE")                        # what is compared where all four would take too long
 STUDY_SAMPLES = (15_360, 30_720, 61_440, 122_880)   # seen by the tokenizer: the levels of compute
-STUDY_DIT_SAMPLES = 163_840                         # seen by each DiT
+STUDY_DIT_SAMPLES = 122_880                         # seen by each DiT
 STUDY_SEEDS = 3                                     # at the highest level, and of ENDS at the lowest
 STUDY_IMAGES = (256, 2048, 16_384)                  # in the tokenizer's training set, beside all of them
 STUDY_ENCODERS = ("tiny-128", "tiny-192")           # beside tiny
@@ -1033,11 +1033,11 @@ def plan_study(is_quick, is_built_in):
         return [StudyRun(variant, last) for variant in ENDS]
     if not is_built_in:
         return [StudyRun(variant, middle[1], seed) for seed in seeds for variant in ENDS]
-    runs = [StudyRun(variant, samples, seed) for samples in (last, first) for seed in seeds
-            for variant in ENDS]
+    runs = [StudyRun(variant, samples) for samples in reversed(STUDY_SAMPLES) for variant in ENDS]
+    runs += [StudyRun(variant, samples, seed) for seed in seeds[1:] for samples in (last, first)
+             for variant in ENDS]
     runs += [StudyRun(variant, last, seed) for seed in seeds for variant in between]
-    runs += [StudyRun(variant, samples) for samples in reversed(middle) for variant in VARIANTS]
-    runs += [StudyRun(variant, first) for variant in between]
+    runs += [StudyRun(variant, samples) for samples in (*reversed(middle), first) for variant in between]
     runs += [StudyRun("CLIP+SSL+AE", last, seed, "features", ("--bottleneck_ae_only",)) for seed in seeds]
     runs += [StudyRun(variant, middle[-1], 0, f"{n} images", ("--train_size", f"{n}"))
              for n in STUDY_IMAGES for variant in ENDS]
