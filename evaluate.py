@@ -1001,6 +1001,7 @@ VARIANTS = {"AE": ("--lambda_clip", "0", "--lambda_ssl", "0", "--lr", "2e-3"),
             "SSL+AE": ("--lambda_clip", "0"), "CLIP+AE": ("--lambda_ssl", "0"), "CLIP+SSL+AE": ()}
 ENDS = ("AE", "CLIP+SSL+AE")                        # what is compared where all four would take too long
 STUDY_SAMPLES = (15_360, 30_720, 61_440, 122_880)   # seen by the tokenizer: the levels of compute
+STUDY_LEVEL = STUDY_SAMPLES[2]                      # of what changes data, encoder or rate
 STUDY_DIT_SAMPLES = 122_880                         # seen by each DiT
 STUDY_SEEDS = 3                                     # at the highest level, and of ENDS at the lowest
 STUDY_IMAGES = (256, 2048, 16_384)                  # in the tokenizer's training set, beside all of them
@@ -1032,18 +1033,18 @@ def plan_study(is_quick, is_built_in):
     if is_quick:
         return [StudyRun(variant, last) for variant in ENDS]
     if not is_built_in:
-        return [StudyRun(variant, middle[1], seed) for seed in seeds for variant in ENDS]
+        return [StudyRun(variant, STUDY_LEVEL, seed) for seed in seeds for variant in ENDS]
     runs = [StudyRun(variant, samples) for samples in reversed(STUDY_SAMPLES) for variant in ENDS]
     runs += [StudyRun(variant, samples, seed) for seed in seeds[1:] for samples in (last, first)
              for variant in ENDS]
     runs += [StudyRun(variant, last, seed) for seed in seeds for variant in between]
     runs += [StudyRun(variant, samples) for samples in (*reversed(middle), first) for variant in between]
     runs += [StudyRun("CLIP+SSL+AE", last, seed, "features", ("--bottleneck_ae_only",)) for seed in seeds]
-    runs += [StudyRun(variant, middle[-1], 0, f"{n} images", ("--train_size", f"{n}"))
+    runs += [StudyRun(variant, STUDY_LEVEL, 0, f"{n} images", ("--train_size", f"{n}"))
              for n in STUDY_IMAGES for variant in ENDS]
-    runs += [StudyRun(variant, middle[-1], 0, model, ("--model", model))
+    runs += [StudyRun(variant, STUDY_LEVEL, 0, model, ("--model", model))
              for model in STUDY_ENCODERS for variant in ENDS]
-    return runs + [StudyRun("AE", middle[1], 0, f"lr {lr}", ("--lr", f"{lr}")) for lr in STUDY_RATES]
+    return runs + [StudyRun("AE", STUDY_LEVEL, 0, f"lr {lr}", ("--lr", f"{lr}")) for lr in STUDY_RATES]
 
 
 def study_commands(args, run):
@@ -1212,7 +1213,7 @@ def draw_study(rows, folder):
         dots = {name: tuple(zip(*pairs)) or ((), ()) for name, pairs in dots.items()}
         charts.append(draw_chart(dots, title, label, "gFID (judge), no guidance", joined=False))
     save_image(chart_sheet(charts, columns=3), os.path.join(folder, "understanding.png"))
-    rows_of = {variant: of(variant, samples=STUDY_SAMPLES[-2]) for variant in ENDS}     # as in plan_study
+    rows_of = {variant: of(variant, samples=STUDY_LEVEL) for variant in ENDS}
     data_rows = {variant: [row for row in rows if row["change"] in ("", f"{row['train_size']} images")]
                  for variant, rows in rows_of.items()}
     size_rows = {variant: [row for row in rows if row["change"] in ("", row["model"])]

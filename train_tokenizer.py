@@ -1045,7 +1045,6 @@ class Log:
         yield
         self.seconds[what] += time.perf_counter() - start
 
-
     def write_train(self, step, totals, scheduled, skipped):
         """A row of kind train from totals, which start anew. UserError if not one step was finite."""
         sums = dict(zip(totals, (sum_over_ranks(torch.stack(list(totals.values()))) / world_size()).tolist()))
