@@ -1168,12 +1168,12 @@ class Study:
         return rows
 
 
-STUDY_PANELS = (  # title, unit, figure
-    ("generation, guidance 4", "gFID (judge)", "gfid"),
+STUDY_PANELS = (  # title, unit, figure; the paper's ablations have no guidance
     ("generation, no guidance", "gFID (judge)", "gfid_guidance1"),
     ("samples of their class, no guidance", "by the judge", "sample_accuracy_guidance1"),
-    ("reconstruction", "PSNR, dB", "psnr"), ("reconstruction", "rFID (judge)", "rfid"),
-    ("understanding: class from latents", "linear probe", "linear_probe"))
+    ("generation, guidance 4", "gFID (judge)", "gfid"),
+    ("understanding: class from latents", "linear probe", "linear_probe"),
+    ("reconstruction", "PSNR, dB", "psnr"), ("reconstruction", "rFID (judge)", "rfid"))
 
 
 def spread(rows, x_field, figure):
@@ -1227,12 +1227,12 @@ def draw_study(rows, folder):
 
 STUDY_TABLE = (("PSNR", "psnr", 1), ("rFID", "rfid", 3), ("linear probe", "linear_probe", 3),
                ("k-NN", "knn", 3), ("class share", "class_share", 3), ("zero-shot", "zero_shot_top1", 3),
-               ("gFID", "gfid", 2), ("of their class", "sample_accuracy", 3),
-               ("gFID, w = 1", "gfid_guidance1", 2),
-               ("of their class, w = 1", "sample_accuracy_guidance1", 3),
+               ("gFID", "gfid_guidance1", 2), ("second judge", "gfid_judge1_guidance1", 2),
+               ("of their class", "sample_accuracy_guidance1", 3),
                ("by zero-shot", "sample_zero_shot_guidance1", 3),
-               ("precision, w = 1", "precision_guidance1", 3), ("recall, w = 1", "recall_guidance1", 3),
-               ("gFID, second judge", "gfid_judge1", 2))
+               ("precision", "precision_guidance1", 3), ("recall", "recall_guidance1", 3),
+               ("gFID, guidance 4", "gfid", 2), ("second judge", "gfid_judge1", 2),
+               ("of their class, guidance 4", "sample_accuracy", 3))
 
 
 def study_table(rows):
