@@ -794,9 +794,9 @@ def image_grid(rows, scale=None, gap=2):
     return Image.fromarray(sheet.repeat(scale, axis=0).repeat(scale, axis=1))
 
 
-def paired_rows(upper, lower, per_row):
-    """Two batches (n, 3, H, W) in [0, 1], the rows of one above those of the other -> Pillow image."""
-    return image_grid([row for pair in zip(upper.split(per_row), lower.split(per_row)) for row in pair])
+def stacked_rows(batches, per_row):
+    """Batches (n, 3, H, W) in [0, 1], a row of each under one of the batch before -> Pillow image."""
+    return image_grid([row for rows in zip(*(batch.split(per_row) for batch in batches)) for row in rows])
 
 
 def named_rows(images, names):
@@ -812,11 +812,16 @@ def named_rows(images, names):
 
 
 @torch.no_grad()
-def reconstruction_picture(model, images, per_row=12, size=None):
-    """The first 2 per_row images, uint8 (n, 3, C, C), above their reconstructions at size -> Pillow image."""
+def reconstruction_picture(model, images, per_row=12, size=None, before=None):
+    """The first 2 per_row images, uint8 (n, 3, C, C), above their reconstructions at size -> Pillow image.
+    before: an earlier pixel decoder, what it makes of the same latents comes in between."""
     canvases = images[:2 * per_row].to(model.trunk.cls_token.device)
     pixels = to_image_size(canvases, size or model.config.image_size)
-    return paired_rows(pixels, reconstruct(model, pixels)[0], per_row)
+    latents = model.encode(normalize(pixels))
+    batches = [pixels, reconstruct(model, pixels, latents)[0]]
+    if before is not None:
+        batches.insert(1, denormalize(before(latents).float()))
+    return stacked_rows(batches, per_row)
 
 
 def principal_colours(latents, percent=1.0):
@@ -837,7 +842,7 @@ def pca_picture(model, images, per_row=8):
     """Images, uint8 (n, 3, C, C), above the principal components of their latents -> Pillow image."""
     pixels = to_image_size(images.to(model.trunk.cls_token.device), model.config.image_size)
     colours = principal_colours(model.encode(normalize(pixels)).float())
-    return paired_rows(pixels, F.interpolate(colours, pixels.shape[-2:], mode="nearest"), per_row)
+    return stacked_rows((pixels, F.interpolate(colours, pixels.shape[-2:], mode="nearest")), per_row)
 
 
 # ----- Charts ---------------------------------------------------------------------------------------------
@@ -943,7 +948,9 @@ TRAINING_PANELS = (  # title, unit, {name on the chart: field}
                                      "chance": "retrieval_chance"}),
     ("class from latents", "top-1", {"linear": "linear_probe", "k-NN": "knn", "chance": "chance"}),
     ("teacher", "nats", {"entropy of its targets": "teacher_entropy",
-                         "chance (uniform)": "teacher_entropy_uniform"}))
+                         "chance (uniform)": "teacher_entropy_uniform"}),
+    ("discriminator's logits", "mean", {"real images": "logits_real", "reconstructions": "logits_fake"}),
+    ("discriminator", "share of logits that are right", {"of both": "discriminator_accuracy"}))
 
 
 def training_curves(run):

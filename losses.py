@@ -1,10 +1,11 @@
 """
-The three objectives of VTP, each a function of tensors.
+The three objectives of VTP, and stage 2's adversary, each a function of tensors.
 
     L = lambda_rec L_rec + lambda_ssl L_ssl + lambda_clip L_clip   (section 3; arXiv v2: lambda_rec = 0.1)
     L_clip = symmetric cross-entropy of image-text similarities    (CLIP)
     L_ssl  = L_dino + L_mim + 0.1 L_koleo                          (DINOv2)
     L_rec  = L1 + LPIPS
+    stage 2, the pixel decoder alone: L_rec + weight L_gan         (PatchGAN, hinge, adaptive weight: VQGAN)
 
 In a process group every rank passes its share of the batch, all of one size, and a loss compares with the
 whole batch where its definition does. It returns the mean over this rank's share: the mean of that over ranks
@@ -177,6 +178,48 @@ class LPIPS(nn.Module):
             weight = getattr(self, f"lin{i}").model[1].weight.view(1, -1, 1, 1)
             distance = distance + ((a - b) ** 2 * weight).sum(dim=1).mean(dim=(1, 2))
         return distance
+
+
+# ----- Stage 2: an adversary ------------------------------------------------------------------------------
+
+class Discriminator(nn.Module):
+    """Images (B, 3, H, W) in [-1, 1], of 24 px or more -> logits (B, 1, H/8 - 2, W/8 - 2): does a patch look
+    real? The PatchGAN of the VQGAN line (Isola et al. 2017): three strided layers, each logit sees 70 x 70
+    px. Theirs has BatchNorm: with GroupNorm a sample's logits depend neither on the other samples nor on the
+    number of ranks."""
+    def __init__(self, width=64):
+        super().__init__()
+        layers, of_input = [nn.Conv2d(3, width, 4, stride=2, padding=1), nn.LeakyReLU(0.2)], width
+        for channels, stride in ((2 * width, 2), (4 * width, 2), (8 * width, 1)):
+            layers += [nn.Conv2d(of_input, channels, 4, stride, padding=1, bias=False),
+                       nn.GroupNorm(32, channels), nn.LeakyReLU(0.2)]
+            of_input = channels
+        self.layers = nn.Sequential(*layers, nn.Conv2d(of_input, 1, 4, padding=1))
+        for layer in self.layers:
+            if isinstance(layer, nn.Conv2d):
+                nn.init.normal_(layer.weight, std=0.02)
+
+    def forward(self, real, fake):
+        """Logits of both, each in a pass of its own: what fake is multiplied with reaches no real logit."""
+        return self.layers(real), self.layers(fake)
+
+
+def discriminator_loss(real_logits, fake_logits):
+    """Hinge loss, the mean of both sides (VQGAN's code): no gradient from logits beyond +-1."""
+    real, fake = F.relu(1 - real_logits.float()).mean(), F.relu(1 + fake_logits.float()).mean()
+    return (real + fake) / 2
+
+
+def generator_loss(fake_logits):
+    """-mean of the discriminator's logits: the other side of the hinge loss (VQGAN's code)."""
+    return -fake_logits.float().mean()
+
+
+def adaptive_weight(rec_grad, gan_grad):
+    """Of the adversarial loss: the ratio of both losses' gradient norms at the decoder's last layer, 0-d.
+    ||rec_grad|| / (||gan_grad|| + 1e-4), at most 1e4 (Esser et al. 2021, eq. 7; numbers of their code)."""
+    rec_norm, gan_norm = (torch.linalg.vector_norm(grad.float()) for grad in (rec_grad, gan_grad))
+    return (rec_norm / (gan_norm + 1e-4)).clamp(max=1e4)
 
 
 # ----- Processes ------------------------------------------------------------------------------------------

@@ -1,10 +1,13 @@
 """
 Pre-train a visual tokenizer on three objectives at once: image-text contrastive, DINOv2-style
-self-supervision, reconstruction (VTP, arXiv 2512.13687, stage 1).
+self-supervision, reconstruction (VTP, arXiv 2512.13687, stage 1). Then, if you like, train its pixel decoder
+on against a discriminator, on frozen latents (stage 2).
 
 On any machine, a few minutes, on built-in data; then the paper's autoencoder baseline:
     python train_tokenizer.py
     python train_tokenizer.py --lambda_clip 0 --lambda_ssl 0 --out runs/ae
+Sharper pixels from the same latents:
+    python train_tokenizer.py --stage 2 --init runs/tokenizer --out runs/stage2
 
 8 GPUs of 80 GB on one node (256 pairs each; without --checkpoint_blocks 48, --batch_size 384), WebDataset
 tars; then two such nodes (run on each, with its own --node_rank):
@@ -45,9 +48,10 @@ from tqdm import tqdm
 
 import data
 import evaluate
-from losses import (LPIPS, by_first_rank, clip_loss, cross_entropy, dino_loss, fail, first_on_node,
-                    gather_objects, ibot_loss, init_distributed, koleo_loss, leave_distributed,
-                    one_line_errors, rank, reconstruction_loss, sinkhorn_knopp, sum_over_ranks, world_size)
+from losses import (LPIPS, Discriminator, adaptive_weight, by_first_rank, clip_loss, cross_entropy,
+                    dino_loss, discriminator_loss, fail, first_on_node, gather_objects, generator_loss,
+                    ibot_loss, init_distributed, koleo_loss, leave_distributed, one_line_errors, rank,
+                    reconstruction_loss, sinkhorn_knopp, sum_over_ranks, world_size)
 from vtp import (VTP, VTP_SIZES, SSLHead, UserError, claim_folder, denormalize, find_checkpoint,
                  is_leftover, load_tensors, read_config, read_safetensors, run_block, samples_kept,
                  vtp_config, write_atomically)
@@ -58,6 +62,7 @@ from vtp import (VTP, VTP_SIZES, SSLHead, UserError, claim_folder, denormalize, 
 
 TINY_WIDTH = 384                # encoders narrower than this take the recipe of tiny
 BETAS = (0.9, 0.98)             # of AdamW (OpenCLIP; DINOv2: 0.9, 0.999)
+DISCRIMINATOR_BETAS = (0.5, 0.9)    # (VQGAN)
 ADAM_EPS = 1e-8                 # DINOv2; OpenCLIP: 1e-6
 MIN_LR = 1e-6                   # where the cosine of the learning rate ends (DINOv2; OpenCLIP: 0)
 PATCH_EMBED_LR = 0.2            # further factor of the patch embedding's rate under layer decay (DINOv2)
@@ -92,6 +97,9 @@ def make_parser():
     option("--max_skipped", 0.1, "largest share of unusable samples before the run stops", share)
 
     section("model")
+    option("--stage", 1, "1: all of the model on all objectives. 2: of the model of --init the pixel decoder "
+           "alone, on L1 + LPIPS and against a discriminator (paper: whose gradients are too large to train "
+           "ViTs jointly)", int, choices=(1, 2))
     option("--model", "tiny", f"size: {', '.join(VTP_SIZES)}")
     option("--image_size", None, "side in pixels; default: the size's own", count)
     option("--latent_dim", None, "channels d of the latents; default: 64 (paper; 256 in one ablation)", count)
@@ -116,6 +124,15 @@ def make_parser():
            folder_or_name, tiny="none")
     option("--prototypes", 65536, "K, outputs of the SSL head (DINOv2)", count, tiny=1024)
     option("--n_local", 8, "local crops a sample, 3/8 of the side in whole patches (DINOv2)", count, tiny=4)
+
+    section("stage 2: L = L_rec + gan_weight a L_gan, a adapted so that both move the decoder alike (VQGAN)")
+    option("--gan_weight", 0.5, "of the adversarial term (latent diffusion; VQGAN: 0.8); 0 builds none",
+           not_negative)
+    option("--gan_start", 0.1, "part of the run before that term begins; the discriminator learns meanwhile",
+           part)
+    option("--discriminator_lr", 1.0, "factor for the discriminator", positive)
+    option("--decoder_ema", 0.999, "momentum of the averaged decoder, which is measured and exported", part,
+           tiny=0.99)
 
     section("length and batch")
     option("--samples", 100_000_000, "image-text pairs seen in all", count, tiny=40_960)
@@ -166,6 +183,8 @@ def read_settings(argv=None):
         config = read_config(first_on_node(lambda: find_checkpoint(args.init)))
     is_tiny = config.vision_embed_dim < TINY_WIDTH
     parser.complete(args, "tiny" if is_tiny else None)
+    if args.stage == 2:
+        args.lambda_clip = args.lambda_ssl = 0.0
     follow_batch_size(args, is_tiny)
     latent_dim = args.latent_dim or config.vision_feature_bottleneck
     if args.init and latent_dim != config.vision_feature_bottleneck:
@@ -173,9 +192,12 @@ def read_settings(argv=None):
     if args.bottleneck_ae_only is not None:
         config = replace(config, vision_bottleneck_ae_only=args.bottleneck_ae_only)
     config = replace(config, image_size=args.image_size or config.image_size,
-                     vision_feature_bottleneck=latent_dim, train_clip=args.lambda_clip > 0,
-                     train_reconstruction=args.lambda_rec > 0)         # what no objective trains is left out
+                     vision_feature_bottleneck=latent_dim)
+    if args.stage == 1:         # what no objective trains is left out
+        config = replace(config, train_clip=args.lambda_clip > 0, train_reconstruction=args.lambda_rec > 0)
     check(parser, args)
+    if args.stage == 2 and not (args.init and config.train_reconstruction):
+        raise ValueError("--stage 2 trains the pixel decoder of a model: give one that has it, --init")
     return args, config
 
 
@@ -338,51 +360,89 @@ class State:
     """What training changes. Schedules are 0-d tensors, since a captured step cannot read Python floats."""
     model: VTP
     head: SSLHead | None
-    student: nn.ModuleDict | None    # the parts of model and head that have a teacher
-    teacher: nn.ModuleDict | None
+    student: nn.Module | None        # the parts of model and head that have a teacher, its moving average
+    teacher: nn.Module | None
     objectives: nn.Module            # the student's forward, in DDP where there are ranks
+    parameters: list                 # (name, parameter) of all that learns
     optimizer: torch.optim.Optimizer
-    scheduled: dict                  # weight_decay, teacher_momentum, teacher_temp; rates are the optimizer's
+    scheduled: dict                  # weight_decay, teacher_momentum, ...; rates are the optimizer's
     totals: dict                     # sums over this rank's finite steps since the last log line
     is_finite: torch.Tensor          # 0-d: was the last step, on all ranks
     config: object
     args: argparse.Namespace
+    # of stage 2, where the student is the decoder that learns, and the teacher, its average, is the model's
+    discriminator: nn.Module | None = None
+    discriminate: nn.Module | None = None        # the same, in DDP where there are ranks
+    first_decoder: nn.Module | None = None       # that of --init, for pictures
+    lpips: LPIPS | None = None
 
     def modules(self):
         """{name in a checkpoint: module}."""
-        return dict(model=self.model) | (dict(head=self.head, teacher=self.teacher) if self.head else {})
+        modules = dict(model=self.model, head=self.head, teacher=self.teacher)
+        if self.args.stage == 2:
+            modules = dict(model=self.model, decoder=self.student, discriminator=self.discriminator)
+        return {name: module for name, module in modules.items() if module is not None}
 
 
 def build_state(args, config, device):
-    """Model, head, teacher, optimizer, from scratch or from --init; the same weights on every rank."""
+    """What a run trains, from scratch or from --init; the same weights on every rank."""
     torch.manual_seed(args.seed)
-    model = VTP(config)
+    model, lpips = VTP(config), None
     (load_init if args.init else scale_initial_weights)(model, args)
     model.to(device)
     for tower in (model.trunk, getattr(model, "pixel_decoder", None)):
         if tower is not None:
             tower.checkpoint_blocks = args.checkpoint_blocks
+    if args.lambda_rec > 0 and args.lpips != "none":
+        lpips = first_on_node(lambda: LPIPS(args.lpips)).to(device)
+    if args.stage == 2:
+        parts = build_stage_2(args, model, lpips, device)
+    else:
+        parts = build_stage_1(args, config, model, lpips, device)
+    if device.type == "cuda" if args.compile is None else args.compile:
+        compile_blocks(model, parts["student" if args.stage == 2 else "teacher"])
+    scheduled = {name: torch.zeros((), device=device)
+                 for name in ("weight_decay", "teacher_momentum", "teacher_temp", "gan_is_on")}
+    optimizer = make_optimizer(parts["parameters"], model.config.vision_depth, args, device)
+    is_finite = torch.ones((), dtype=torch.bool, device=device)
+    return State(model, **parts, optimizer=optimizer, scheduled=scheduled, totals={}, is_finite=is_finite,
+                 config=config, args=args)
+
+
+def build_stage_1(args, config, model, lpips, device):
+    """The SSL head, the teacher, the student's forward: what State has for stage 1."""
     if args.lambda_ssl == 0:
         model.trunk.mask_token.requires_grad_(False)         # DDP wants a gradient for all that has one
     if args.lambda_rec == 0 and config.vision_bottleneck_ae_only:
         model.trunk.feature_bottleneck.requires_grad_(False)
-    head, student, teacher, lpips = None, None, None, None
+    head, student, teacher = None, None, None
     if args.lambda_ssl > 0:
         sizes = TINY_HEAD_SIZE if config.vision_embed_dim < TINY_WIDTH else HEAD_SIZE
         head = SSLHead(config.semantic_dim, args.prototypes, *sizes).to(device)
         projection = dict(visual_proj=model.visual_proj) if config.train_clip else {}
         student = nn.ModuleDict(dict(trunk=model.trunk, head=head, **projection))
         teacher = copy.deepcopy(student).requires_grad_(False)
-    if args.lambda_rec > 0 and args.lpips != "none":
-        lpips = first_on_node(lambda: LPIPS(args.lpips)).to(device)
-    if device.type == "cuda" if args.compile is None else args.compile:
-        compile_blocks(model, teacher)
-    scheduled = ("weight_decay", "teacher_momentum", "teacher_temp")
-    scheduled = {name: torch.zeros((), device=device) for name in scheduled}
     objectives = wrap_in_ddp(Objectives(model, head, lpips, args), device)
-    optimizer = make_optimizer(model, head, args, device)
-    is_finite = torch.ones((), dtype=torch.bool, device=device)
-    return State(model, head, student, teacher, objectives, optimizer, scheduled, {}, is_finite, config, args)
+    return dict(head=head, student=student, teacher=teacher, objectives=objectives,
+                parameters=learning(model, "") + learning(head, "head"))
+
+
+def build_stage_2(args, model, lpips, device):
+    """A copy of the decoder, which learns, and the discriminator: what State has for stage 2."""
+    decoder = copy.deepcopy(model.pixel_decoder)
+    model.requires_grad_(False)
+    first = copy.deepcopy(model.pixel_decoder) if rank() == 0 else None
+    discriminator = Discriminator().to(device) if args.gan_weight > 0 else None
+    return dict(head=None, student=decoder, teacher=model.pixel_decoder, lpips=lpips, first_decoder=first,
+                objectives=wrap_in_ddp(decoder, device), discriminator=discriminator,
+                discriminate=wrap_in_ddp(discriminator, device) if discriminator is not None else None,
+                parameters=learning(decoder, "pixel_decoder") + learning(discriminator, "discriminator"))
+
+
+def learning(module, prefix):
+    """[(name, parameter)] of what learns in a module, or in None."""
+    return [] if module is None else [(name, p) for name, p in module.named_parameters(prefix)
+                                      if p.requires_grad]
 
 
 def load_init(model, args):
@@ -408,13 +468,13 @@ def scale_initial_weights(model, args):
             p.mul_(args.block_gain)
 
 
-def make_optimizer(model, head, args, device):
-    """Fused AdamW in groups by learning-rate factor, weight decay and frozen start; lr is a 0-d tensor."""
-    depth, groups = model.config.vision_depth, {}
-    for name, p in (*model.named_parameters(), *(head.named_parameters("head") if head is not None else ())):
-        if not p.requires_grad:
-            continue
+def make_optimizer(parameters, depth, args, device):
+    """Fused AdamW of [(name, parameter)] in groups by learning-rate factor, weight decay, frozen start and
+    betas; lr is a 0-d tensor."""
+    groups = {}
+    for name, p in parameters:
         layer, factor = depth + 1, 1.0          # DINOv2's numbers: 0 for the input, i + 1 for block i
+        is_adversary = name.startswith("discriminator")
         if name.startswith("trunk.blocks."):
             layer = int(name.split(".")[2]) + 1
         elif name.startswith(("trunk.patch_embed", "trunk.cls_token", "trunk.mask_token")):
@@ -422,12 +482,16 @@ def make_optimizer(model, head, args, device):
             factor = PATCH_EMBED_LR if "patch_embed" in name and args.layer_decay < 1 else 1.0
         elif name.startswith("pixel_decoder"):
             factor = args.decoder_lr
+        elif is_adversary:
+            factor = args.discriminator_lr
         factor *= args.layer_decay ** (depth + 1 - layer)
         starts_frozen = name.startswith("head.prototype")   # the prototypes and their gain
-        groups.setdefault((factor, p.ndim >= 2, starts_frozen), []).append(p)
+        kind = (factor, p.ndim >= 2 and not is_adversary, starts_frozen, is_adversary)
+        groups.setdefault(kind, []).append(p)
     groups = [dict(params=params, lr_factor=factor, decays=decays, starts_frozen=frozen,
-                   lr=torch.zeros((), device=device)) for (factor, decays, frozen), params in groups.items()]
-    return torch.optim.AdamW(groups, betas=BETAS, eps=ADAM_EPS, weight_decay=0.0, fused=True,
+                   lr=torch.zeros((), device=device), betas=DISCRIMINATOR_BETAS if is_adversary else BETAS)
+              for (factor, decays, frozen, is_adversary), params in groups.items()]
+    return torch.optim.AdamW(groups, eps=ADAM_EPS, weight_decay=0.0, fused=True,
                              capturable=device.type == "cuda")
 
 
@@ -436,9 +500,12 @@ def set_schedules(state, step, n_steps):
     args, progress = state.args, step / n_steps
     lr = warmed_up_cosine(args.lr, MIN_LR, args.warmup, step, n_steps)
     low, high = args.teacher_temp
-    values = dict(weight_decay=cosine(args.weight_decay, args.weight_decay_end, progress),
-                  teacher_momentum=cosine(args.teacher_momentum, 1.0, progress),
-                  teacher_temp=low + (high - low) * min(1.0, progress / TEMP_WARMUP))
+    values = dict(weight_decay=cosine(args.weight_decay, args.weight_decay_end, progress))
+    if args.stage == 2:
+        values.update(teacher_momentum=args.decoder_ema, gan_is_on=float(progress >= args.gan_start))
+    else:
+        values.update(teacher_momentum=cosine(args.teacher_momentum, 1.0, progress),
+                      teacher_temp=low + (high - low) * min(1.0, progress / TEMP_WARMUP))
     for name, value in values.items():
         state.scheduled[name].fill_(value)
     for group in state.optimizer.param_groups:
@@ -450,7 +517,12 @@ def set_schedules(state, step, n_steps):
 # ----- The step -------------------------------------------------------------------------------------------
 
 def forward_backward(state, views):
-    """Teacher's targets, student's losses, gradient of their weighted sum -> loss, {name: loss}, targets."""
+    """Gradients of a step's losses -> the loss, and what the log shows: {name: 0-d tensor}."""
+    return (adversarial if state.args.stage == 2 else joint)(state, views)
+
+
+def joint(state, views):
+    """Stage 1: the teacher's targets, the student's losses, the gradient of their weighted sum."""
     args = state.args
     targets = teacher_targets(state, views) if args.lambda_ssl > 0 else None
     losses = state.objectives(views, targets)
@@ -459,38 +531,78 @@ def forward_backward(state, views):
     clip, rec, dino, mim, koleo = (losses.get(k, 0.0) for k in ("clip", "rec", "dino", "mim", "koleo"))
     loss = lambda_rec * rec + lambda_ssl * (dino + mim + KOLEO_WEIGHT * koleo) + lambda_clip * clip
     loss.backward()
-    return loss, losses, targets
+    values = {f"loss_{name}": x.detach() for name, x in losses.items()}
+    if args.lambda_clip > 0:
+        values["logit_scale"] = state.model.logit_scale.detach().exp()
+    if args.lambda_ssl > 0:
+        values["teacher_entropy"] = torch.special.entr(targets[0]).sum(dim=-1).mean()
+    return loss.detach(), values
+
+
+def adversarial(state, views):
+    """Stage 2: the decoder on the frozen encoder's latents, and the discriminator on what the decoder drew.
+    Each loss's gradient goes to the pixels first, where LPIPS and discriminator end: those two gradients
+    give the adaptive weight by the last layer alone, and their weighted sum then goes through the decoder.
+    The discriminator's own loss stops at the pixels."""
+    args, images = state.args, views["images"]
+    autocast = torch.autocast(images.device.type, torch.bfloat16, enabled=args.precision == "bf16")
+    with autocast:
+        with torch.no_grad():
+            latents = state.model.encode(images)
+        reconstruction = state.objectives(latents)
+    fake, real = (2 * denormalize(x.float()) - 1 for x in (reconstruction, images))
+    with autocast:
+        loss = reconstruction_loss(fake, real, state.lpips)
+    pixel_grad, = torch.autograd.grad(loss, fake)
+    values = dict(loss_rec=loss.detach())
+    if state.discriminator is not None:
+        with autocast:
+            real_logits, fake_logits = state.discriminate(real, fake)
+        gan_loss, own_loss = generator_loss(fake_logits), discriminator_loss(real_logits, fake_logits)
+        gan_grad, = torch.autograd.grad(gan_loss, fake, retain_graph=True)
+        weight = adaptive_weight(*(last_layer_grad(state, fake, grad) for grad in (pixel_grad, gan_grad)))
+        own_loss.backward(inputs=list(state.discriminator.parameters()))
+        pixel_grad = pixel_grad + args.gan_weight * state.scheduled["gan_is_on"] * weight * gan_grad
+        with torch.no_grad():
+            is_right = torch.cat((real_logits.flatten() > 0, fake_logits.flatten() < 0))
+            values.update(loss_gan=gan_loss, loss_discriminator=own_loss, adaptive_weight=weight,
+                          logits_real=real_logits.float().mean(), logits_fake=fake_logits.float().mean(),
+                          discriminator_accuracy=is_right.float().mean())
+            loss = loss + args.gan_weight * state.scheduled["gan_is_on"] * weight * gan_loss
+    fake.backward(pixel_grad)
+    return loss.detach(), {name: x.detach() for name, x in values.items()}
+
+
+def last_layer_grad(state, fake, pixel_grad):
+    """Gradient of the decoder's last layer's weight, of all ranks, from that of this rank's pixels."""
+    grad, = torch.autograd.grad(fake, state.student.proj_out.weight, pixel_grad, retain_graph=True)
+    return sum_over_ranks(grad) / world_size()
 
 
 def train_step(state, views):
     """One update. It reads no value on the host and no shape in it depends on data, so it can be captured."""
     state.optimizer.zero_grad(set_to_none=True)
-    loss, losses, targets = forward_backward(state, views)
-    grad_norm = clip_gradients(state)
+    loss, values = forward_backward(state, views)
+    norms = clip_gradients(state)
+    grad_norm = torch.linalg.vector_norm(torch.stack(list(norms.values())))
     is_finite = finite_on_all_ranks(loss, grad_norm)
     state.is_finite.copy_(is_finite)
     update(state, is_finite)
-    with torch.no_grad():
-        values = {"loss": loss, "grad_norm": grad_norm, **{f"loss_{name}": x for name, x in losses.items()}}
-        if state.args.lambda_clip > 0:
-            values["logit_scale"] = state.model.logit_scale.exp()
-        if state.args.lambda_ssl > 0:
-            values["teacher_entropy"] = torch.special.entr(targets[0]).sum(dim=-1).mean()
-        add_to_totals(state.totals, values, is_finite)
+    norms = {f"grad_norm_{name}": norm for name, norm in norms.items()}
+    add_to_totals(state.totals, dict(loss=loss, grad_norm=grad_norm, **values, **norms), is_finite)
 
 
 def clip_gradients(state):
-    """Clip the gradient of encoder, decoder, text tower and head, each by itself (DINOv2) -> norm of all."""
+    """Clip the gradient of encoder, decoder, text tower, head and discriminator, each by itself (DINOv2)
+    -> {part: norm}."""
     parts = {}
-    for name, p in state.model.named_parameters():
-        is_encoder = name.startswith(("trunk", "visual_proj"))
-        part = "encoder" if is_encoder else "decoder" if name.startswith("pixel_decoder") else "text"
-        if p.requires_grad:
-            parts.setdefault(part, []).append(p)
-    if state.head is not None:
-        parts["head"] = list(state.head.parameters())
-    norms = [nn.utils.clip_grad_norm_(parameters, state.args.clip_grad) for parameters in parts.values()]
-    return torch.linalg.vector_norm(torch.stack(norms))
+    for name, p in state.parameters:
+        first = name.partition(".")[0]
+        part = dict(trunk="encoder", visual_proj="encoder", pixel_decoder="decoder", head="head",
+                    discriminator="discriminator").get(first, "text")
+        parts.setdefault(part, []).append(p)
+    return {part: nn.utils.clip_grad_norm_(parameters, state.args.clip_grad)
+            for part, parameters in parts.items()}
 
 
 @torch.no_grad()
@@ -602,7 +714,7 @@ def measure_now(state, tokenize, held_out, gallery, args, step):
     subject = evaluate.Subject(state.model, tokenize, bf16=args.precision == "bf16", n_layers=1)
     row, *_ = evaluate.measure(subject, held_out, gallery)
     if rank() == 0 and state.config.train_reconstruction:
-        picture = evaluate.reconstruction_picture(state.model, held_out[0])
+        picture = evaluate.reconstruction_picture(state.model, held_out[0], before=state.first_decoder)
         evaluate.save_image(picture, os.path.join(args.out, f"reconstructions_{step:07d}.png"))
     return row
 
@@ -999,7 +1111,10 @@ class Log:
 
     kind                  train (means since the last row) or eval (held-out data: see evaluate.measure)
     step, samples, flops  so far, over all ranks; with --checkpoint_blocks recomputation counts, too
-    loss, loss_clip, loss_rec, loss_dino, loss_mim, loss_koleo, grad_norm, logit_scale
+    loss, loss_clip, loss_rec, loss_dino, loss_mim, loss_koleo, logit_scale
+    grad_norm             of all, before clipping; and _encoder, _decoder, _text, _head, _discriminator
+    loss_gan, loss_discriminator, adaptive_weight, logits_real, logits_fake, discriminator_accuracy: stage 2;
+                          an accuracy near 1, or of 0.5 for long, is a game that one side has lost
     teacher_entropy       nats, of the teacher's targets; teacher_entropy_uniform would be collapse
     lr, weight_decay, teacher_momentum, teacher_temp, samples_per_second, flops_per_second
     matmul_share          of the rate of a bf16 matrix product, measured at the start
@@ -1007,7 +1122,10 @@ class Log:
     skipped_samples       unusable ones since the run began; skipped_steps: not finite, since the last row"""
 
     LINE = ("loss {loss:.4f}", "clip {loss_clip:.3f}", "rec {loss_rec:.3f}", "dino {loss_dino:.3f}",
-            "mim {loss_mim:.3f}", "koleo {loss_koleo:.3f}", "grad {grad_norm:.2f}", "scale {logit_scale:.1f}",
+            "mim {loss_mim:.3f}", "koleo {loss_koleo:.3f}", "gan {loss_gan:.3f}",
+            "times {adaptive_weight:.3f}", "grad {grad_norm:.2f}", "discriminator {loss_discriminator:.3f}",
+            "grad {grad_norm_discriminator:.2f}", "logits {logits_real:.2f} of real,",
+            "{logits_fake:.2f} of fake", "{discriminator_accuracy:.0%} right", "scale {logit_scale:.1f}",
             "teacher entropy {teacher_entropy:.2f} of {teacher_entropy_uniform:.2f}", "lr {lr:.1e}",
             "{samples_per_second:.0f} samples/s", "{matmul_share:.0%} of matmul", "data {data_share:.0%}",
             "skipped {skipped_samples} samples", "{skipped_steps} steps (not finite)",
