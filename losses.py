@@ -184,9 +184,9 @@ class LPIPS(nn.Module):
 
 class Discriminator(nn.Module):
     """Images (B, 3, H, W) in [-1, 1], of 24 px or more -> logits (B, 1, H/8 - 2, W/8 - 2): does a patch look
-    real? The PatchGAN of the VQGAN line (Isola et al. 2017): three strided layers, each logit sees 70 x 70
-    px. Theirs has BatchNorm: with GroupNorm a sample's logits depend neither on the other samples nor on the
-    number of ranks."""
+    real? The PatchGAN of the VQGAN line (Isola et al. 2017): three strided layers, convolutions that reach 70
+    x 70 px. Theirs has BatchNorm: with GroupNorm a sample's logits depend neither on the other samples nor on
+    the number of ranks."""
     def __init__(self, width=64):
         super().__init__()
         layers, of_input = [nn.Conv2d(3, width, 4, stride=2, padding=1), nn.LeakyReLU(0.2)], width
@@ -200,7 +200,7 @@ class Discriminator(nn.Module):
                 nn.init.normal_(layer.weight, std=0.02)
 
     def forward(self, real, fake):
-        """Logits of both, each in a pass of its own: what fake is multiplied with reaches no real logit."""
+        """Logits of both; a pass for each, so that the generator's gradient goes through one alone."""
         return self.layers(real), self.layers(fake)
 
 

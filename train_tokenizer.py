@@ -72,6 +72,8 @@ TEMP_WARMUP = 0.3               # the teacher's temperature rises over this part
 FREEZE_PROTOTYPES = 0.01        # the head's last layer rests for this part (DINOv2: 1 epoch of 100)
 HEAD_SIZE = (2048, 256)         # hidden and output width of the SSL head's MLP (DINOv2, and the paper)
 TINY_HEAD_SIZE = (512, 128)
+NOT_IN_STAGE_2 = ("lambda_rec", "lambda_ssl", "lambda_clip", "drop_path", "bottleneck_ae_only",
+                  "rec_batch_size")         # of the options
 HEAD_ROWS = 1024                # of the SSL head's at a time with --checkpoint_blocks: 256 MiB of logits
 
 
@@ -129,9 +131,9 @@ def make_parser():
     option("--gan_weight", 0.5, "of the adversarial term (latent diffusion; VQGAN: 0.8); 0 builds none",
            not_negative)
     option("--gan_start", 0.1, "part of the run before that term begins; the discriminator learns meanwhile",
-           part)
-    option("--discriminator_lr", 1.0, "factor for the discriminator", positive)
-    option("--decoder_ema", 0.999, "momentum of the averaged decoder, which is measured and exported", part,
+           share)
+    option("--discriminator_lr", 1.0, "factor for the discriminator, which has no weight decay", positive)
+    option("--decoder_ema", 0.999, "momentum of the averaged decoder, which is measured and exported", share,
            tiny=0.99)
 
     section("length and batch")
@@ -182,6 +184,10 @@ def read_settings(argv=None):
     if args.init:                           # a hub id is fetched
         config = read_config(first_on_node(lambda: find_checkpoint(args.init)))
     is_tiny = config.vision_embed_dim < TINY_WIDTH
+    if args.stage == 2 and not args.resume:
+        given = [f"--{name}" for name in NOT_IN_STAGE_2 if getattr(args, name) != parser.get_default(name)]
+        if given:
+            raise ValueError(f"--stage 2 has no use for {', '.join(given)}: leave it out")
     parser.complete(args, "tiny" if is_tiny else None)
     if args.stage == 2:
         args.lambda_clip = args.lambda_ssl = 0.0
@@ -198,6 +204,8 @@ def read_settings(argv=None):
     check(parser, args)
     if args.stage == 2 and not (args.init and config.train_reconstruction):
         raise ValueError("--stage 2 trains the pixel decoder of a model: give one that has it, --init")
+    if args.stage == 2 and config.image_size < 24 and args.gan_weight > 0:
+        raise ValueError(f"--image_size {config.image_size}: the discriminator needs 24 or more")
     return args, config
 
 
@@ -362,7 +370,7 @@ class State:
     head: SSLHead | None
     student: nn.Module | None        # the parts of model and head that have a teacher, its moving average
     teacher: nn.Module | None
-    objectives: nn.Module            # the student's forward, in DDP where there are ranks
+    objectives: nn.Module            # the student's forward, in DDP where there are ranks; stage 2: decoder
     parameters: list                 # (name, parameter) of all that learns
     optimizer: torch.optim.Optimizer
     scheduled: dict                  # weight_decay, teacher_momentum, ...; rates are the optimizer's
@@ -387,30 +395,28 @@ class State:
 def build_state(args, config, device):
     """What a run trains, from scratch or from --init; the same weights on every rank."""
     torch.manual_seed(args.seed)
-    model, lpips = VTP(config), None
+    model = VTP(config)
     (load_init if args.init else scale_initial_weights)(model, args)
     model.to(device)
     for tower in (model.trunk, getattr(model, "pixel_decoder", None)):
         if tower is not None:
             tower.checkpoint_blocks = args.checkpoint_blocks
-    if args.lambda_rec > 0 and args.lpips != "none":
-        lpips = first_on_node(lambda: LPIPS(args.lpips)).to(device)
-    if args.stage == 2:
-        parts = build_stage_2(args, model, lpips, device)
-    else:
-        parts = build_stage_1(args, config, model, lpips, device)
+    parts = (stage_2_parts if args.stage == 2 else stage_1_parts)(args, config, model, device)
     if device.type == "cuda" if args.compile is None else args.compile:
         compile_blocks(model, parts["student" if args.stage == 2 else "teacher"])
+    for name in ("objectives", "discriminate"):
+        if parts.get(name) is not None:
+            parts[name] = wrap_in_ddp(parts[name], device)
     scheduled = {name: torch.zeros((), device=device)
-                 for name in ("weight_decay", "teacher_momentum", "teacher_temp", "gan_is_on")}
-    optimizer = make_optimizer(parts["parameters"], model.config.vision_depth, args, device)
+                 for name in ("weight_decay", "teacher_momentum", "teacher_temp", "gan_weight")}
+    optimizer = make_optimizer(parts["parameters"], config.vision_depth, args, device)
     is_finite = torch.ones((), dtype=torch.bool, device=device)
     return State(model, **parts, optimizer=optimizer, scheduled=scheduled, totals={}, is_finite=is_finite,
                  config=config, args=args)
 
 
-def build_stage_1(args, config, model, lpips, device):
-    """The SSL head, the teacher, the student's forward: what State has for stage 1."""
+def stage_1_parts(args, config, model, device):
+    """What State has for stage 1: the SSL head, the teacher, the student's forward."""
     if args.lambda_ssl == 0:
         model.trunk.mask_token.requires_grad_(False)         # DDP wants a gradient for all that has one
     if args.lambda_rec == 0 and config.vision_bottleneck_ae_only:
@@ -422,21 +428,28 @@ def build_stage_1(args, config, model, lpips, device):
         projection = dict(visual_proj=model.visual_proj) if config.train_clip else {}
         student = nn.ModuleDict(dict(trunk=model.trunk, head=head, **projection))
         teacher = copy.deepcopy(student).requires_grad_(False)
-    objectives = wrap_in_ddp(Objectives(model, head, lpips, args), device)
-    return dict(head=head, student=student, teacher=teacher, objectives=objectives,
+    return dict(head=head, student=student, teacher=teacher,
+                objectives=Objectives(model, head, open_lpips(args, device), args),
                 parameters=learning(model, "") + learning(head, "head"))
 
 
-def build_stage_2(args, model, lpips, device):
-    """A copy of the decoder, which learns, and the discriminator: what State has for stage 2."""
+def stage_2_parts(args, config, model, device):
+    """What State has for stage 2: a copy of the decoder, which learns, and the discriminator."""
     decoder = copy.deepcopy(model.pixel_decoder)
     model.requires_grad_(False)
     first = copy.deepcopy(model.pixel_decoder) if rank() == 0 else None
     discriminator = Discriminator().to(device) if args.gan_weight > 0 else None
-    return dict(head=None, student=decoder, teacher=model.pixel_decoder, lpips=lpips, first_decoder=first,
-                objectives=wrap_in_ddp(decoder, device), discriminator=discriminator,
-                discriminate=wrap_in_ddp(discriminator, device) if discriminator is not None else None,
+    return dict(head=None, student=decoder, teacher=model.pixel_decoder, objectives=decoder,
+                discriminator=discriminator, discriminate=discriminator, first_decoder=first,
+                lpips=open_lpips(args, device),
                 parameters=learning(decoder, "pixel_decoder") + learning(discriminator, "discriminator"))
+
+
+def open_lpips(args, device):
+    """--lpips, or None. It draws random numbers, so after all that learns."""
+    if args.lambda_rec == 0 or args.lpips == "none":
+        return None
+    return first_on_node(lambda: LPIPS(args.lpips)).to(device)
 
 
 def learning(module, prefix):
@@ -452,6 +465,8 @@ def load_init(model, args):
         missing, unused = model.load_state_dict(read_safetensors(path), strict=False)
     except RuntimeError as error:
         raise UserError(f"{path} does not fit the model: {str(error)[:300]}") from error
+    if missing and args.stage == 2:
+        raise UserError(f"{path} lacks {missing[0]} and {len(missing) - 1} more tensors of its model")
     for names, what in ((missing, "new: --init lacks them"), (unused, "left out: no objective trains them")):
         if names and rank() == 0:
             print(f"{len(names)} tensors are {what} ({', '.join(sorted({n.split('.')[0] for n in names}))})")
@@ -502,7 +517,8 @@ def set_schedules(state, step, n_steps):
     low, high = args.teacher_temp
     values = dict(weight_decay=cosine(args.weight_decay, args.weight_decay_end, progress))
     if args.stage == 2:
-        values.update(teacher_momentum=args.decoder_ema, gan_is_on=float(progress >= args.gan_start))
+        values.update(teacher_momentum=args.decoder_ema,
+                      gan_weight=args.gan_weight if progress >= args.gan_start else 0.0)
     else:
         values.update(teacher_momentum=cosine(args.teacher_momentum, 1.0, progress),
                       teacher_temp=low + (high - low) * min(1.0, progress / TEMP_WARMUP))
@@ -532,8 +548,6 @@ def joint(state, views):
     loss = lambda_rec * rec + lambda_ssl * (dino + mim + KOLEO_WEIGHT * koleo) + lambda_clip * clip
     loss.backward()
     values = {f"loss_{name}": x.detach() for name, x in losses.items()}
-    if args.lambda_clip > 0:
-        values["logit_scale"] = state.model.logit_scale.detach().exp()
     if args.lambda_ssl > 0:
         values["teacher_entropy"] = torch.special.entr(targets[0]).sum(dim=-1).mean()
     return loss.detach(), values
@@ -562,13 +576,12 @@ def adversarial(state, views):
         gan_grad, = torch.autograd.grad(gan_loss, fake, retain_graph=True)
         weight = adaptive_weight(*(last_layer_grad(state, fake, grad) for grad in (pixel_grad, gan_grad)))
         own_loss.backward(inputs=list(state.discriminator.parameters()))
-        pixel_grad = pixel_grad + args.gan_weight * state.scheduled["gan_is_on"] * weight * gan_grad
-        with torch.no_grad():
-            is_right = torch.cat((real_logits.flatten() > 0, fake_logits.flatten() < 0))
-            values.update(loss_gan=gan_loss, loss_discriminator=own_loss, adaptive_weight=weight,
-                          logits_real=real_logits.float().mean(), logits_fake=fake_logits.float().mean(),
-                          discriminator_accuracy=is_right.float().mean())
-            loss = loss + args.gan_weight * state.scheduled["gan_is_on"] * weight * gan_loss
+        is_right = torch.cat((real_logits.flatten() > 0, fake_logits.flatten() < 0))
+        values.update(loss_gan=gan_loss, loss_discriminator=own_loss, adaptive_weight=weight,
+                      logits_real=real_logits.float().mean(), logits_fake=fake_logits.float().mean(),
+                      discriminator_accuracy=is_right.float().mean())
+        weight = state.scheduled["gan_weight"] * weight         # 0 before its start
+        loss, pixel_grad = loss + weight * gan_loss, pixel_grad + weight * gan_grad
     fake.backward(pixel_grad)
     return loss.detach(), {name: x.detach() for name, x in values.items()}
 
@@ -585,11 +598,13 @@ def train_step(state, views):
     loss, values = forward_backward(state, views)
     norms = clip_gradients(state)
     grad_norm = torch.linalg.vector_norm(torch.stack(list(norms.values())))
-    is_finite = finite_on_all_ranks(loss, grad_norm)
+    is_finite = finite_on_all_ranks(loss + values.get("loss_discriminator", 0.0), grad_norm)
     state.is_finite.copy_(is_finite)
     update(state, is_finite)
-    norms = {f"grad_norm_{name}": norm for name, norm in norms.items()}
-    add_to_totals(state.totals, dict(loss=loss, grad_norm=grad_norm, **values, **norms), is_finite)
+    values |= {f"grad_norm_{name}": norm for name, norm in norms.items()}
+    if state.args.lambda_clip > 0:
+        values["logit_scale"] = state.model.logit_scale.detach().exp()
+    add_to_totals(state.totals, dict(loss=loss, grad_norm=grad_norm, **values), is_finite)
 
 
 def clip_gradients(state):
@@ -637,8 +652,9 @@ def main(argv=None):
     state = build_state(args, config, device)
     n_steps, checkpoint = args.samples // args.batch_size, os.path.join(args.out, "checkpoint.pt")
     step, flops_per_step, place = load_checkpoint(checkpoint, state, device) if args.resume else (0, 0, None)
-    subsets = f"{args.ssl_batch_size} for SSL, {args.rec_batch_size} decoded"
-    what = f"{source.name}, {args.batch_size} pairs each ({subsets})"
+    what = f"{source.name}, {args.batch_size} images each"
+    if args.stage == 1:
+        what += f" ({args.ssl_batch_size} for SSL, {args.rec_batch_size} decoded)"
     log = Log(args, state.model, what, step, n_steps, flops_per_step)
     if held_out is None and rank() == 0:
         print("no --val_data: no measures on held-out data, no pictures")
@@ -1116,7 +1132,8 @@ class Log:
     loss_gan, loss_discriminator, adaptive_weight, logits_real, logits_fake, discriminator_accuracy: stage 2;
                           an accuracy near 1, or of 0.5 for long, is a game that one side has lost
     teacher_entropy       nats, of the teacher's targets; teacher_entropy_uniform would be collapse
-    lr, weight_decay, teacher_momentum, teacher_temp, samples_per_second, flops_per_second
+    lr, weight_decay, teacher_momentum (stage 2: --decoder_ema), teacher_temp, gan_weight
+    samples_per_second, flops_per_second
     matmul_share          of the rate of a bf16 matrix product, measured at the start
     data_share            part of the time in which the loop waited for the loader
     skipped_samples       unusable ones since the run began; skipped_steps: not finite, since the last row"""

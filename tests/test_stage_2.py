@@ -6,13 +6,21 @@ import pytest
 import torch
 from PIL import Image
 
+import evaluate
 import train_tokenizer as train
 from conftest import micro_config, run_script
-from losses import (Discriminator, adaptive_weight, discriminator_loss, generator_loss, reconstruction_loss)
+from losses import (LPIPS, Discriminator, adaptive_weight, discriminator_loss, generator_loss,
+                    reconstruction_loss)
 from test_training import everything_in, kill_at, leaves, rows_of, setting
-from vtp import VTP, denormalize, normalize
+from vtp import VTP, UserError, denormalize, normalize
 
-STAGE_2 = ["--stage", "2", "--rec_batch_size", "4", "--warmup", "0"]
+STAGE_2 = ["--stage", "2", "--warmup", "0", "--samples", "48", "--batch_size", "4", "--train_size", "64",
+           "--eval_samples", "16", "--log_every", "1", "--precision", "fp32", "--decoder_ema", "0.9"]
+
+
+def stage_2(micro_model, tmp_path, *more, device="cpu"):
+    """State of a micro run, and the function step -> its batch of views."""
+    return setting(micro_model, tmp_path / "o", *more, device=device, common=STAGE_2)[2:]
 
 
 # ----- The losses -----------------------------------------------------------------------------------------
@@ -55,12 +63,16 @@ def test_the_adaptive_weight_is_the_ratio_of_norms_and_bounded():
 
 # ----- The step -------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("gan_is_on", [0.0, 1.0])
-def test_gradients_are_those_of_both_losses_and_none_leaks(micro_model, tmp_path, gan_is_on):
+@pytest.mark.parametrize("kind", ["before its start", "on", "on, with LPIPS and recomputation"])
+def test_gradients_are_those_of_both_losses_and_none_leaks(micro_model, tmp_path, monkeypatch, kind,
+                                                           rotation_in_fp32):
     """Against one loss for each network, written down as VQGAN's and differentiated whole."""
-    args, _, state, views = setting(micro_model, tmp_path / "o", *STAGE_2, "--gan_weight", "0.8")
-    train.set_schedules(state, 0, 10)
-    state.scheduled["gan_is_on"].fill_(gan_is_on)
+    monkeypatch.setattr(train, "LPIPS", lambda weights: LPIPS(None))
+    (tmp_path / "weights").mkdir()
+    with_lpips = ["--lpips", str(tmp_path / "weights"), "--checkpoint_blocks"]
+    more, gan_weight = with_lpips if "LPIPS" in kind else [], 0.8 * kind.startswith("on")
+    state, views = stage_2(micro_model, tmp_path, "--gan_weight", "0.8", "--gan_start", "0.1", *more)
+    train.set_schedules(state, 1 if kind.startswith("on") else 0, 10)
     batch = views(0)
     loss, values = train.forward_backward(state, batch)
     ours = [p.grad.clone() for _, p in state.parameters]
@@ -69,11 +81,12 @@ def test_gradients_are_those_of_both_losses_and_none_leaks(micro_model, tmp_path
     decoder, discriminator = state.student, state.discriminator
     latents = state.model.encode(batch["images"]).detach()
     fake, real = (2 * denormalize(x) - 1 for x in (decoder(latents), batch["images"]))
-    rec, logits = reconstruction_loss(fake, real), discriminator.layers(fake)
+    rec, logits = reconstruction_loss(fake, real, state.lpips), discriminator.layers(fake)
+    assert (state.lpips is not None) == ("LPIPS" in kind)
     last = decoder.proj_out.weight
     norms = [torch.autograd.grad(x, last, retain_graph=True)[0].norm() for x in (rec, -logits.mean())]
     weight = (norms[0] / (norms[1] + 1e-4)).item()
-    expected = rec + 0.8 * gan_is_on * weight * -logits.mean()
+    expected = rec + gan_weight * weight * -logits.mean()
     grads = torch.autograd.grad(expected, list(decoder.parameters()))
     own = discriminator_loss(discriminator.layers(real), discriminator.layers(fake.detach()))
     grads += torch.autograd.grad(own, list(discriminator.parameters()))
@@ -89,7 +102,7 @@ def test_gradients_are_those_of_both_losses_and_none_leaks(micro_model, tmp_path
 def test_before_its_start_the_adversarial_term_is_off_to_the_bit(micro_model, tmp_path):
     ends = []
     for more in (["--gan_weight", "0"], ["--gan_start", "0.5"]):
-        _, _, state, views = setting(micro_model, tmp_path / "o", *STAGE_2, *more)
+        state, views = stage_2(micro_model, tmp_path, *more)
         for step in range(6):
             if step == 5:       # the first of the second half
                 ends.append([p.clone() for p in state.student.parameters()])
@@ -106,7 +119,7 @@ def test_before_its_start_the_adversarial_term_is_off_to_the_bit(micro_model, tm
 
 def test_what_is_exported_is_the_average_of_the_decoders(micro_model, tmp_path):
     more = ["--decoder_ema", "0.75", "--decoder_lr", "3", "--lr", "0.01", "--clip_grad", "1e9"]
-    _, _, state, views = setting(micro_model, tmp_path / "o", *STAGE_2, *more)
+    state, views = stage_2(micro_model, tmp_path, *more)
     average = [p.clone() for p in state.student.parameters()]
     for step in range(3):
         train.set_schedules(state, step, 10)
@@ -119,9 +132,11 @@ def test_what_is_exported_is_the_average_of_the_decoders(micro_model, tmp_path):
     assert rates == {"pixel_decoder": 3.0, "discriminator": 1.0}
 
 
-@pytest.mark.parametrize("side", ["images", "discriminator"])
+@pytest.mark.parametrize("side", ["images", "discriminator's gradient", "discriminator's loss"])
 def test_a_step_that_is_not_finite_on_either_side_changes_neither(micro_model, tmp_path, monkeypatch, side):
-    _, _, state, views = setting(micro_model, tmp_path / "o", *STAGE_2)
+    broken = {"discriminator's gradient": lambda *logits: math.nan * discriminator_loss(*logits),
+              "discriminator's loss": lambda *logits: math.inf + discriminator_loss(*logits)}
+    state, views = stage_2(micro_model, tmp_path)
     for step in range(3):
         train.set_schedules(state, step, 10)
         batch = views(step)
@@ -130,8 +145,7 @@ def test_a_step_that_is_not_finite_on_either_side_changes_neither(micro_model, t
             if side == "images":
                 batch["images"] = batch["images"] * math.nan
             else:
-                monkeypatch.setattr(train, "discriminator_loss",
-                                    lambda real, fake: math.nan * discriminator_loss(real, fake))
+                monkeypatch.setattr(train, "discriminator_loss", broken[side])
         train.train_step(state, batch)
         if step == 1:
             assert all(torch.equal(a, b) for a, b in zip(before, everything_in(state)))
@@ -141,13 +155,8 @@ def test_a_step_that_is_not_finite_on_either_side_changes_neither(micro_model, t
 
 # ----- Runs -----------------------------------------------------------------------------------------------
 
-def stage_2_run(micro_model, *more):
-    return ["--init", micro_model, *STAGE_2, "--samples", "48", "--batch_size", "4", "--train_size", "64",
-            "--eval_samples", "16", "--log_every", "1", "--precision", "fp32", "--decoder_ema", "0.9", *more]
-
-
 def test_a_killed_run_resumes_bit_for_bit_and_all_but_the_decoder_stays(micro_model, tmp_path, monkeypatch):
-    common = stage_2_run(micro_model, "--checkpoint_every", "5", "--eval_every", "6")
+    common = ["--init", micro_model, *STAGE_2, "--checkpoint_every", "5", "--eval_every", "6"]
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     train.main([*common, "--out", str(whole)])
     kill_at(9, monkeypatch, [*common, "--out", str(cut)])
@@ -184,31 +193,70 @@ def test_two_ranks_have_the_run_of_one(micro_model, tmp_path):
     curves = []
     for n in (1, 2):
         out = tmp_path / f"r{n}"
-        common = stage_2_run(micro_model, "--gan_start", "0.3", "--lr", "1e-4", "--out", out)
-        done = run_script(["train_tokenizer.py", *common], n_ranks=n)
+        more = ["--gan_start", "0.3", "--lr", "1e-4", "--out", out]
+        done = run_script(["train_tokenizer.py", "--init", micro_model, *STAGE_2, *more], n_ranks=n)
         assert "Warning" not in done.stderr      # of a gradient that DDP must copy
         curves.append(torch.tensor(rows_of(out, "train", *fields)))
     # roundings of RoPE that turn move the pixels by 1.5e-4 of their size (see conftest)
     torch.testing.assert_close(*curves, atol=2e-3, rtol=2e-3)
 
 
-def test_stage_2_needs_a_model_with_a_decoder(micro_model, tmp_path, capsys):
+def test_without_an_adversary_a_run_is_one_of_reconstruction_alone(micro_model, tmp_path, monkeypatch):
+    """And of a model without text tower; bf16, and the FLOPs that are counted."""
+    folder, out = str(tmp_path / "autoencoder"), tmp_path / "o"
     torch.manual_seed(0)
-    without = str(tmp_path / "without")
-    VTP(micro_config(train_reconstruction=False)).save_pretrained(without)
-    for more in ([], ["--init", without]):
-        with pytest.raises(SystemExit) as stop:
-            train.read_settings(["--stage", "2", *more, "--out", str(tmp_path / "o")])
-        assert stop.value.code == 2 and "trains the pixel decoder of a model" in capsys.readouterr().err
+    VTP(micro_config(train_clip=False)).save_pretrained(folder)
+    more = ["--init", folder, *STAGE_2, "--gan_weight", "0", "--precision", "bf16", "--out", str(out)]
+    kill_at(9, monkeypatch, [*more, "--checkpoint_every", "5"])
+    train.main(["--out", str(out), "--resume"])
+    row = evaluate.read_metrics(str(out))[-2]
+    assert row["kind"] == "train" and row["loss"] == row["loss_rec"] and "loss_gan" not in row
+    assert row["grad_norm"] == row["grad_norm_decoder"] and "grad_norm_discriminator" not in row
+    state, views = stage_2(folder, tmp_path / "b", "--gan_weight", "0")
+    batch, decoder = views(0), sum(p.numel() for p in state.student.parameters() if p.ndim >= 2)
+    encoder = sum(p.numel() for p in state.model.trunk.parameters() if p.ndim >= 2)
+    # 2 FLOPs a weight and token, thrice where there is a backward, and attention's: 16 or 17 tokens of width
+    # 64 that weigh a little beside blocks of 12 x 64 weights a token and channel
+    train.set_schedules(state, 0, 10)
+    counted = train.count_flops(lambda: train.forward_backward(state, batch))
+    assert counted == pytest.approx(2 * 4 * 16 * (3 * decoder + encoder), rel=0.1)
+
+
+@pytest.mark.parametrize("more, words", [
+    (["--model", "tiny"], "trains the pixel decoder of a model"),
+    (["--init", "WITHOUT"], "trains the pixel decoder of a model"),
+    (["--init", "MODEL", "--lambda_ssl", "2", "--drop_path", "0.1"], "no use for --lambda_ssl, --drop_path"),
+    (["--init", "MODEL", "--no-bottleneck_ae_only"], "no use for --bottleneck_ae_only"),
+    (["--init", "MODEL", "--image_size", "16"], "the discriminator needs 24"),
+    (["--init", "MODEL", "--gan_start", "1"], "below 1")])
+def test_what_stage_2_cannot_do_is_an_error_before_any_work(micro_model, tmp_path, capsys, more, words):
+    folders = dict(WITHOUT=str(tmp_path / "without"), MODEL=micro_model)
+    VTP(micro_config(train_reconstruction=False)).save_pretrained(folders["WITHOUT"])
+    more = [folders.get(word, word) for word in more]
+    with pytest.raises(SystemExit) as stop:
+        train.read_settings(["--stage", "2", *more, "--out", str(tmp_path / "o")])
+    assert stop.value.code == 2 and words in capsys.readouterr().err
+
+
+def test_a_model_that_lacks_tensors_is_not_completed_with_random_ones(micro_model, tmp_path):
+    folder = str(tmp_path / "cut")
+    model = VTP.from_pretrained(micro_model)
+    del model.trunk.blocks[1].norm1
+    model.save_pretrained(folder)
+    with pytest.raises(UserError, match="lacks trunk.blocks.1.norm1.weight"):
+        stage_2(folder, tmp_path)
+
+
+def test_stage_2_keeps_the_config_and_decodes_all_of_a_batch(micro_model, tmp_path):
     args, config = train.read_settings(["--stage", "2", "--init", micro_model, "--out", str(tmp_path / "o")])
-    assert args.rec_batch_size == args.batch_size and config.train_clip
+    assert args.rec_batch_size == args.batch_size and config == VTP.from_pretrained(micro_model).config
 
 
 @pytest.mark.gpu
 def test_captured_steps_of_stage_2_equal_eager_ones(micro_model, tmp_path):
     curves = []
     for capture in (False, True):
-        _, _, state, views = setting(micro_model, tmp_path / "o", *STAGE_2, "--no-compile", device="cuda")
+        state, views = stage_2(micro_model, tmp_path, "--no-compile", device="cuda")
         step, curve = train.CapturedStep(lambda batch: train.train_step(state, batch), capture), []
         for i in range(train.CapturedStep.WARM_UP + 10):
             train.set_schedules(state, i, 40)
@@ -216,4 +264,4 @@ def test_captured_steps_of_stage_2_equal_eager_ones(micro_model, tmp_path):
             curve.append([state.totals[k].item() for k in ("loss", "loss_discriminator")])
         curves.append(torch.tensor(curve).diff(dim=0))
         step.close()
-    torch.testing.assert_close(*curves, atol=2e-3, rtol=2e-3)      # fp32 kernels may be chosen anew in a graph
+    torch.testing.assert_close(*curves, atol=2e-3, rtol=2e-3)      # kernels may be chosen anew in a graph

@@ -39,9 +39,9 @@ def small_head(monkeypatch):
     monkeypatch.setattr(train, "TINY_HEAD_SIZE", (32, 16))
 
 
-def setting(micro_model, out, *more, device="cpu"):
+def setting(micro_model, out, *more, device="cpu", common=FAST):
     """Arguments, config and state of a micro run, and the function step -> its batch of views."""
-    args, config = train.read_settings(["--init", micro_model, "--out", str(out), *FAST, *more])
+    args, config = train.read_settings(["--init", micro_model, "--out", str(out), *common, *more])
     state = train.build_state(args, config, torch.device(device))
     source = data.BuiltinSource(args.batch_size, config.image_size)
     images = torch.tensor(source.images, device=device)
@@ -944,8 +944,10 @@ def test_a_run_that_captured_collectives_ends_also_by_an_exception(micro_model, 
 
 
 @pytest.mark.gpu
-def test_a_step_does_not_wait_for_the_device(micro_model, tmp_path):
-    _, _, state, views = setting(micro_model, tmp_path / "o", "--no-compile", device="cuda")
+@pytest.mark.parametrize("stage", [1, 2])
+def test_a_step_does_not_wait_for_the_device(micro_model, tmp_path, stage):
+    common = FAST if stage == 1 else ["--stage", "2", "--samples", "48", "--batch_size", "4"]
+    _, _, state, views = setting(micro_model, tmp_path / "o", "--no-compile", device="cuda", common=common)
     for i in range(3):
         # the first step may allocate and tune
         torch.cuda.set_sync_debug_mode("error" if i else "default")
