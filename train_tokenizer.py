@@ -534,11 +534,11 @@ def set_schedules(state, step, n_steps):
 
 def forward_backward(state, views):
     """Gradients of a step's losses -> the loss, and what the log shows: {name: 0-d tensor}."""
-    return (adversarial if state.args.stage == 2 else joint)(state, views)
+    return (stage_2_gradients if state.args.stage == 2 else stage_1_gradients)(state, views)
 
 
-def joint(state, views):
-    """Stage 1: the teacher's targets, the student's losses, the gradient of their weighted sum."""
+def stage_1_gradients(state, views):
+    """The teacher's targets, the student's losses, the gradient of their weighted sum."""
     args = state.args
     targets = teacher_targets(state, views) if args.lambda_ssl > 0 else None
     losses = state.objectives(views, targets)
@@ -553,8 +553,8 @@ def joint(state, views):
     return loss.detach(), values
 
 
-def adversarial(state, views):
-    """Stage 2: the decoder on the frozen encoder's latents, and the discriminator on what the decoder drew.
+def stage_2_gradients(state, views):
+    """The decoder on the frozen encoder's latents, and the discriminator on what the decoder drew.
     Each loss's gradient goes to the pixels first, where LPIPS and discriminator end: those two gradients
     give the adaptive weight by the last layer alone, and their weighted sum then goes through the decoder.
     The discriminator's own loss stops at the pixels."""
