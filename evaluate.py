@@ -1206,11 +1206,13 @@ def draw_study(rows, folder):
     def of(variant, **wanted):
         wanted["variant"] = variant
         return [row for row in rows if all(row[k] == value for k, value in wanted.items())]
-    ladder = {variant: of(variant, change="") for variant in VARIANTS}
+    ladder = {variant: of(variant, change="") for variant in VARIANTS if of(variant, change="")}
     charts = [study_chart(ladder, title, "flops", "training FLOPs of the tokenizer", figure, unit)
               for title, unit, figure in STUDY_PANELS]
     save_image(chart_sheet(charts, columns=3), os.path.join(folder, "compute.png"))
-    groups = {**ladder, "CLIP+SSL+AE, read before the bottleneck": of("CLIP+SSL+AE", change="features")}
+    groups = dict(ladder)
+    if before_bottleneck := of("CLIP+SSL+AE", change="features"):
+        groups["CLIP+SSL+AE, read before the bottleneck"] = before_bottleneck
     charts = []
     for title, label, x in (("meaning", "linear probe on latents", "linear_probe"),
                             ("share of spread", "share of the latents' variance", "class_share"),
