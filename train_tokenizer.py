@@ -6,7 +6,7 @@ on against a discriminator, on frozen latents (stage 2).
 On any machine, a few minutes, on built-in data; then the paper's autoencoder baseline:
     python train_tokenizer.py
     python train_tokenizer.py --lambda_clip 0 --lambda_ssl 0 --out runs/ae
-Sharper pixels from the same latents:
+Its pixel decoder on against a discriminator, its latents as they are (see README: not yet tuned):
     python train_tokenizer.py --stage 2 --init runs/tokenizer --out runs/stage2
 
 8 GPUs of 80 GB on one node (256 pairs each; without --checkpoint_blocks 48, --batch_size 384), WebDataset
