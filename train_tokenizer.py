@@ -44,6 +44,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+from torch.utils.module_tracker import ModuleTracker
 from tqdm import tqdm
 
 import data
@@ -904,30 +905,33 @@ def side_stream():
 
 class CapturedStep:
     """step(inputs), inputs a dict of tensors of static shape: eager on a CPU, a CUDA graph replayed on a GPU.
-    The first WARM_UP calls run eagerly on the side stream (DDP needs 11), the next one captures. The step
-    must leave its results in tensors that outlive it. close() it before the process group is left."""
+    The first WARM_UP calls run eagerly on the side stream (DDP needs 11), the next one captures; all read the
+    same tensors, since for other strides a compiled block would be compiled anew, which a capture forbids.
+    The step must leave its results in tensors that outlive it. close() it before the process group is left."""
 
     WARM_UP = 11
 
     def __init__(self, step, enabled):
-        self.step, self.enabled, self.calls, self.graph = step, enabled, 0, None
+        self.step, self.enabled, self.calls, self.static, self.graph = step, enabled, 0, None, None
 
     def __call__(self, inputs):
         if not self.enabled:
             return self.step(inputs)
+        if self.static is None:
+            self.static = {k: torch.empty_like(v, memory_format=torch.contiguous_format)
+                           for k, v in inputs.items()}
+        for name, value in inputs.items():
+            self.static[name].copy_(value)
         if self.calls < self.WARM_UP:
             self.calls += 1
             with side_stream():
-                return self.step(inputs)
+                return self.step(self.static)
         if self.graph is None:
-            self.static = {k: v.clone() for k, v in inputs.items()}
             self.graph = torch.cuda.CUDAGraph()
             atexit.register(self.close)
             # thread_local: the loader pins memory in a thread of its own
             with torch.cuda.graph(self.graph, stream=capture_stream(), capture_error_mode="thread_local"):
                 self.step(self.static)
-        for name, value in inputs.items():
-            self.static[name].copy_(value)
         self.graph.replay()
 
     def close(self):
@@ -940,6 +944,15 @@ class CapturedStep:
             self.graph = None
 
 
+class NoModuleTracker(ModuleTracker):
+    """For FLOPs of the whole, not by module."""
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+
 def count_flops(compute):
     """FLOPs of compute(), backward included, over all ranks: of matrix products, convolutions, attention.
     Compiled blocks run eagerly meanwhile, or the counter would not see into them. It knows every fused
@@ -948,6 +961,8 @@ def count_flops(compute):
         return sdpa_flop_count(query_shape, key_shape, value_shape)
     on_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     counter = FlopCounterMode(display=False, custom_mapping={on_cpu: fused_attention})
+    # hooks of the module tracker would keep what --checkpoint_blocks recomputes: 5 times the step's memory
+    counter.mod_tracker = NoModuleTracker()
     is_compiled = "torch._dynamo" in sys.modules        # else its import, of a second, is spared
     with torch.compiler.set_stance("force_eager") if is_compiled else contextlib.nullcontext(), counter:
         with side_stream():

@@ -17,7 +17,10 @@ SHARED = os.path.join(os.path.dirname(ROOT), "shared")
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "gpu: needs a CUDA device; skipped without one")
+    config.addinivalue_line("markers", "gpu: needs a CUDA device: python -m pytest -m gpu")
+    # all others are stated for a CPU, bit for bit or by ranks that would be as many GPUs
+    if config.option.markexpr != "gpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
     # the models are tiny, and threads that wait for each other cost more than they help
     torch.set_num_threads(int(os.environ.setdefault("OMP_NUM_THREADS", "1")))
 
@@ -25,7 +28,7 @@ def pytest_configure(config):
 def pytest_collection_modifyitems(items):
     for item in items:
         if "gpu" in item.keywords and not torch.cuda.is_available():
-            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device and -m gpu"))
 
 
 # Two CPUs sum in different orders. A sum of n products then differs by sqrt(n) 2^-24 of its size, 2e-6 at

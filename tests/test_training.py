@@ -2,6 +2,8 @@
 that are not finite, the command line, files."""
 import copy
 import errno
+import functools
+import gc
 import glob
 import json
 import math
@@ -11,10 +13,13 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import data
 import evaluate
@@ -192,6 +197,43 @@ def test_counting_flops_changes_neither_weights_nor_the_steps_that_follow(micro_
         after.append((losses, everything_in(state)))
     assert after[0][0] == after[1][0] and after[0][0][-1]["finite_steps"] == 3
     assert all(torch.equal(a, b) for a, b in zip(after[0][1], after[1][1]))
+
+
+class LiveBytes(TorchDispatchMode):
+    """The most bytes that results of operations held at once."""
+    def __init__(self):
+        super().__init__()
+        self.live = self.peak = 0
+        self.seen = weakref.WeakSet()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for storage in {x.untyped_storage() for x in tree_leaves(result) if isinstance(x, torch.Tensor)}:
+            if storage not in self.seen:
+                self.seen.add(storage)
+                self.live += storage.nbytes()
+                weakref.finalize(storage, self.free, storage.nbytes())
+        self.peak = max(self.peak, self.live)
+        return result
+
+    def free(self, n_bytes):
+        self.live -= n_bytes
+
+
+def test_counting_flops_takes_no_more_memory_than_the_step(micro_model, tmp_path):
+    _, _, state, views = setting(micro_model, tmp_path / "o", "--checkpoint_blocks")
+    views, peaks = views(0), []
+    train.forward_backward(state, views)        # gradients exist
+    gc.collect()
+    gc.disable()        # it would free what is kept, though too late
+    try:
+        for run in (lambda compute: compute(), train.count_flops):
+            with LiveBytes() as mode:
+                run(lambda: train.forward_backward(state, views))
+            peaks.append(mode.peak)
+    finally:
+        gc.enable()
+    assert peaks[1] == peaks[0]
 
 
 # ----- The step -------------------------------------------------------------------------------------------
@@ -896,6 +938,64 @@ def test_an_error_is_one_line_on_stderr_by_rank_0(micro_model, tmp_path):
 
 # ----- CUDA -----------------------------------------------------------------------------------------------
 
+class Recorder:
+    """Stands in for torch.cuda where there is none: a capture notes what the step was called with and does
+    nothing, a replay does it with what those tensors then hold."""
+    def __init__(self, monkeypatch, step):
+        self.step, self.is_recording, self.recorded, self.n_eager = step, False, [], 0
+        monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: self)
+        monkeypatch.setattr(torch.cuda, "graph", lambda *_, **__: self)
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+        monkeypatch.setattr(train, "capture_stream", lambda: None)
+
+    def __call__(self, inputs):
+        if self.is_recording:
+            self.recorded.append(inputs)
+        else:
+            self.n_eager += 1
+            self.step(inputs)
+
+    def __enter__(self):
+        self.is_recording = True
+
+    def __exit__(self, *_):
+        self.is_recording = False
+
+    def replay(self):
+        self.step(*self.recorded)
+
+    def reset(self):
+        self.recorded = None
+
+
+@pytest.mark.parametrize("more", [["--drop_path", "0.2", "--drop_path_ssl", "0.3"],
+                                  ["--drop_path_ssl", "0.3", "--checkpoint_blocks"]])
+def test_a_captured_step_reads_new_inputs_and_schedules_and_compiles_nothing_anew(micro_model, tmp_path,
+                                                                                  monkeypatch, more):
+    n_steps, curves = train.CapturedStep.WARM_UP + 4, []
+    # dynamo's guards are what is tested: no C++ compiler is needed
+    monkeypatch.setattr(torch.nn.Module, "compile",
+                        functools.partialmethod(torch.nn.Module.compile, backend="eager"))
+    for captured in (False, True):
+        _, _, state, views = setting(micro_model, tmp_path / "o", "--compile", *more)
+        recorder = Recorder(monkeypatch, lambda inputs: train.train_step(state, inputs))
+        step, curve = train.CapturedStep(recorder, captured), []
+        try:
+            for i in range(n_steps):
+                train.set_schedules(state, i, n_steps)
+                step(views(i))
+                curve.append(state.totals["loss"].item())
+                torch.compiler.set_stance("fail_on_recompile")
+        finally:
+            torch.compiler.set_stance("default")
+            torch._dynamo.reset()
+        assert recorder.n_eager == (train.CapturedStep.WARM_UP if captured else n_steps)
+        step.close()
+        assert (recorder.recorded is None) == captured and step.graph is None
+        curves.append(curve)
+    assert curves[0] == curves[1] and len(set(curves[0])) == n_steps
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("compiled", [False, True])
 def test_captured_steps_equal_eager_ones(micro_model, tmp_path, compiled):
@@ -922,7 +1022,8 @@ def test_captured_steps_equal_eager_ones(micro_model, tmp_path, compiled):
 
 NCCL_SCRIPT = """
 import os, sys; sys.path.insert(0, {root!r})
-os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="29511")
+os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1",
+                  MASTER_PORT=str(20000 + os.getpid() % 20000))
 import train_tokenizer as train
 train.TINY_HEAD_SIZE, set_schedules = (512, 64), train.set_schedules
 def stop_at(state, step, n_steps):
