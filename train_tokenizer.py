@@ -907,7 +907,7 @@ class CapturedStep:
     """step(inputs), inputs a dict of tensors of static shape: eager on a CPU, a CUDA graph replayed on a GPU.
     The first WARM_UP calls run eagerly on the side stream (DDP needs 11), the next one captures; all read the
     same tensors, since for other strides a compiled block would be compiled anew, which a capture forbids.
-    The step must leave its results in tensors that outlive it. close() it before the process group is left."""
+    The step must leave its results in tensors that outlive it. close() it before leaving the process group."""
 
     WARM_UP = 11
 
