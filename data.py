@@ -56,13 +56,14 @@ class BadSample(Exception):
 
 
 def open_source(where, canvas, split="train", train_size=8192, classnames=None, label="cls",
-                needs_caption=True, folders=None, squash=False):
+                needs_caption=True, folders=None, squash=False, hold_out_pairs=False):
     """The source that --data means: the built-in set (None), a folder of class folders, or tars.
-    classnames: a file of class names, a line each. Raises FileNotFoundError or ValueError."""
+    classnames: a file of class names, a line each. hold_out_pairs: of the built-in set, see HELD_OUT_PAIRS.
+    Raises FileNotFoundError or ValueError."""
     lines = Path(classnames).read_text("utf-8").split("\n") if classnames else []
     names = [line.strip() for line in lines if line.strip()] if classnames else None
     if where is None:
-        return BuiltinSource(train_size if split == "train" else 2048, canvas, split)
+        return BuiltinSource(train_size if split == "train" else 2048, canvas, split, hold_out_pairs)
     tars = sorted(glob.glob(os.path.join(where, "*.tar"))) if os.path.isdir(where) else find_tars(where)
     if tars:
         return TarSource(tars, canvas, names, label, needs_caption, squash=squash)
@@ -119,16 +120,31 @@ def file_states(paths):
 
 
 class BuiltinSource:
-    """The procedural scenes, rendered once into memory. split: "train" or "val"."""
-    def __init__(self, size, canvas, split="train"):
+    """The procedural scenes, rendered once into memory. split: "train" or "val".
+    hold_out_pairs: "train" is without the scenes that have one of HELD_OUT_PAIRS."""
+    def __init__(self, size, canvas, split="train", hold_out_pairs=False):
         self.name, self.class_names = f"built-in scenes ({split}, {size:,})", list(SHAPES)
-        self.images, self.captions, self.labels = render_scenes(np.arange(size), split, canvas)
+        self.split, self.indices = split, np.arange(size)
+        if hold_out_pairs and split == "train":
+            self.name = self.name.replace(")", f", without {len(HELD_OUT_PAIRS)} pairs of shape and colour)")
+            p = draw_parameters(np.arange(2 * size + 100), split)
+            self.indices = np.flatnonzero(~has_held_out_pair(p, either=True))[:size]
+        self.images, self.captions, self.labels = render_scenes(self.indices, split, canvas)
 
     def __len__(self):
         return len(self.images)
 
     def fingerprint(self):
         return digest_of("built-in", len(self), zlib.crc32(self.images[:64]), zlib.crc32(self.labels))
+
+    def attributes(self):
+        """What scenes show, and what of it their captions say: two int64 (N, 5), see ATTRIBUTES."""
+        p = draw_parameters(self.indices, self.split)
+        shown = np.stack([p["shape"], p["colour"], p["size"], p["place"], p["backdrop"]], axis=1)
+        # of two objects the main one makes room for the other, whose place is given
+        shown[p["pair"], 2:4] = -1
+        is_said = np.stack([write_caption(p, i, with_said=True)[1] for i in range(len(self))])
+        return shown, np.where(is_said, shown, -1)
 
     def load(self, index, draft, rng):
         return self.images[index], self.captions[index], int(self.labels[index])
@@ -822,6 +838,11 @@ class ClipBPE:
         return pad_tokens(ids, context_length, CLIP_VOCAB - 2, CLIP_VOCAB - 1)
 
 
+def names_a_side(text):
+    """Would it be false of the mirror image? It says left or right, or may."""
+    return re.search(r"\b(left|right)", text, re.IGNORECASE) is not None
+
+
 def characters_of(category):
     """Characters of a Unicode category (its first letter) as ranges for a pattern's [...]."""
     categories = "".join(unicodedata.category(chr(c))[0] for c in range(0x110000))
@@ -858,6 +879,11 @@ RELATION_WORDS = {1: ("above", "over"), 3: ("right of", "to the right of"), 5: (
                   7: ("below", "under", "beneath")}  # of the main object to a second one in that place
 OPENINGS = ("", "", "", "", "there is", "here is", "picture of", "an image of")
 LONGEST_CAPTION = 62  # bytes
+ATTRIBUTES = dict(shape=SHAPES, colour=COLOUR_NAMES, size=("small", "middle", "large"),
+                  place=tuple(words[0] for words in PLACE_WORDS), background=COLOUR_NAMES)
+# (shape, colour) that a model may be kept from seeing together, to ask whether it can compose them: each
+# shape stays in 11 colours, each colour in 9 or 10 shapes
+HELD_OUT_PAIRS = tuple((shape, (7 * shape + 3) % len(COLOUR_NAMES)) for shape in range(len(SHAPES)))
 
 
 def uniforms(indices, split, seed):
@@ -992,8 +1018,17 @@ def draw_images(p, size):
     return images
 
 
-def write_caption(p, i):
-    """A true phrase: always the main object's colour and shape, the rest at times."""
+def has_held_out_pair(p, either=False):
+    """Which scenes (N,) have one of HELD_OUT_PAIRS as main object; either: or as the second one, if any."""
+    def of(end):
+        return np.isin(p["shape" + end] * len(RGB) + p["colour" + end], codes)
+    codes = [shape * len(RGB) + colour for shape, colour in HELD_OUT_PAIRS]
+    return of("") | (of("2") & p["pair"] if either else False)
+
+
+def write_caption(p, i, with_said=False):
+    """A true phrase: always the main object's colour and shape, the rest at times.
+    with_said: with which of ATTRIBUTES it says, 5 bools."""
     u = iter(p["wording"][i].tolist())
     def pick(words, share=1):  # one of the words, or nothing
         word = words[int(next(u) * len(words))] if words else ""
@@ -1018,7 +1053,10 @@ def write_caption(p, i):
     for k in range(len(details) + 1):
         caption = " ".join(phrase(*details).split()).replace("a orange", "an orange")
         if len(caption) <= LONGEST_CAPTION:
-            return caption
+            _, _, _, size, on, _, at = details
+            is_alone = not p["pair"][i]
+            said = (True, True, is_alone and size != "", is_alone and at != "", on != "")
+            return (caption, said) if with_said else caption
         details[k] = ""  # say less
 
 

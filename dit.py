@@ -6,6 +6,7 @@ The DiT that generates latents, flow matching, and the samplers.
     latents = sample(model, noise, labels, steps=250, shift=0.075)    # normalised: times std, plus mean
 
 Architecture and names are LightningDiT's (arXiv 2501.01423), which the paper trains: checkpoints fit both.
+In place of a class, y may be a text, by the feature that a tokenizer's text tower has of it.
 """
 import math
 from collections import OrderedDict
@@ -109,6 +110,19 @@ class TimestepEmbedder(nn.Module):
         return self.mlp(torch.cat((angles.cos(), angles.sin()), dim=-1))
 
 
+class TextEmbedder(nn.Module):
+    """Features of texts (B, text_dim), L2-normalised -> MLP -> (B, dim); zeros stand for no text."""
+    def __init__(self, text_dim, dim):
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(text_dim, dim), nn.SiLU(), nn.Linear(dim, dim))
+        self.null = nn.Parameter(torch.zeros(dim))
+
+    def forward(self, features):
+        # an L2-normalised feature has a mean square of 1 / text_dim: as large as what Linear starts from
+        embedded = self.mlp(features * features.shape[-1] ** 0.5)
+        return torch.where((features == 0).all(dim=-1, keepdim=True), self.null.to(embedded.dtype), embedded)
+
+
 def sincos_positions(dim, n):
     """Positions (n*n, dim) of a grid of side n: columns, then rows; of each sines, then cosines."""
     frequencies = 10000.0 ** (-np.arange(dim // 4) / (dim / 4))
@@ -119,21 +133,25 @@ def sincos_positions(dim, n):
 
 
 class DiT(nn.Module):
-    """Class-conditional diffusion transformer on normalised latents; num_classes is less the null class.
+    """Diffusion transformer on normalised latents: of one of num_classes classes, less the null class, or, with
+    text_dim, of a text's feature.
     use_qk_norm: RMSNorm of each head's queries and keys, LightningDiT's remedy for NaNs; off in the paper."""
-    def __init__(self, dim, depth, n_heads, patch_size, input_size, in_channels, num_classes,
-                 use_qk_norm=False):
+    def __init__(self, dim, depth, n_heads, patch_size, input_size, in_channels, num_classes=None,
+                 use_qk_norm=False, text_dim=None):
         super().__init__()
         if input_size % patch_size or dim % n_heads or dim // n_heads % 4:
             raise ValueError(f"patches of {patch_size} must divide the latents' side, {input_size}, and "
                              f"{dim} channels give each of {n_heads} heads a multiple of 4")
         self.patch_size, self.input_size = patch_size, input_size
-        self.in_channels, self.num_classes = in_channels, num_classes
+        self.in_channels, self.num_classes, self.text_dim = in_channels, num_classes, text_dim
         n = input_size // patch_size
         self.x_embedder = PatchEmbed(patch_size, in_channels, dim)
         self.t_embedder = TimestepEmbedder(dim)
-        table = nn.Embedding(num_classes + 1, dim)  # the last row is the null class's
-        self.y_embedder = nn.Sequential(OrderedDict(embedding_table=table))
+        if text_dim is None:
+            table = nn.Embedding(num_classes + 1, dim)  # the last row is the null class's
+            self.y_embedder = nn.Sequential(OrderedDict(embedding_table=table))
+        else:
+            self.y_embedder = TextEmbedder(text_dim, dim)
         self.pos_embed = nn.Parameter(sincos_positions(dim, n)[None], requires_grad=False)
         self.feat_rope = Rope(dim // n_heads, n)
         self.blocks = nn.ModuleList(DiTBlock(dim, n_heads, use_qk_norm) for _ in range(depth))
@@ -142,7 +160,8 @@ class DiT(nn.Module):
             if isinstance(m, (nn.Linear, nn.Conv2d)):
                 nn.init.xavier_uniform_(m.weight.flatten(1))
                 nn.init.zeros_(m.bias)
-        for embedding in (self.y_embedder.embedding_table, self.t_embedder.mlp[0], self.t_embedder.mlp[2]):
+        y_layers = self.y_embedder.mlp[::2] if text_dim else (self.y_embedder.embedding_table,)
+        for embedding in (*y_layers, self.t_embedder.mlp[0], self.t_embedder.mlp[2]):
             nn.init.normal_(embedding.weight, std=0.02)
         for modulated in (*self.blocks, self.final_layer):
             nn.init.zeros_(modulated.adaLN_modulation[1].weight)  # every block starts as the identity
@@ -152,12 +171,19 @@ class DiT(nn.Module):
     def latent_shape(self):
         return self.in_channels, self.input_size, self.input_size
 
+    def null(self, device=None):
+        """What y is without a condition: the null class, or as a text's feature zeros."""
+        if self.text_dim is None:
+            return torch.tensor(self.num_classes, device=device)
+        return torch.zeros(self.text_dim, device=device)
+
     def forward(self, x, t, y):
-        """x (B, d, h, w), t (B,) in [0, 1], labels y (B,) -> velocity (B, d, h, w)."""
+        """x (B, d, h, w), t (B,) in [0, 1], labels (B,) or texts' features (B, text_dim) y -> velocity
+        (B, d, h, w)."""
         return self.velocity(x, self.t_embedder(t) + self.y_embedder(y))
 
     def velocity(self, x, conditions, rows=None):
-        """The same from conditions (C, dim), the sums of time and class embedding.
+        """The same from conditions (C, dim), the sums of the embeddings of time and of class or text.
         rows (B,): which of them each sample has; None: C = B, in order."""
         x = self.x_embedder(x).flatten(2).transpose(1, 2) + self.pos_embed  # (B, N, dim)
         rope = (self.feat_rope.freqs_sin[:, ::2], self.feat_rope.freqs_cos[:, ::2])  # (N, head_dim / 2)
@@ -194,11 +220,14 @@ def read_lightningdit(where):
         raise ValueError(f"{where if is_file else 'the state dict'} is of no LightningDiT with RoPE")
     dim, in_channels, patch_size, _ = state["x_embedder.proj.weight"].shape
     n_positions, head_dim = state["feat_rope.freqs_cos"].shape
+    if "y_embedder.null" in state:
+        condition = dict(text_dim=state["y_embedder.mlp.0.weight"].shape[1])
+    else:
+        condition = dict(num_classes=len(state["y_embedder.embedding_table.weight"]) - 1)
     return state, dict(
         dim=dim, depth=1 + max(int(k.split(".")[1]) for k in state if k.startswith("blocks.")),
         n_heads=dim // head_dim, patch_size=patch_size, input_size=math.isqrt(n_positions) * patch_size,
-        in_channels=in_channels, num_classes=len(state["y_embedder.embedding_table.weight"]) - 1,
-        use_qk_norm="blocks.0.attn.q_norm.weight" in state)
+        in_channels=in_channels, use_qk_norm="blocks.0.attn.q_norm.weight" in state, **condition)
 
 
 DIT_SIZES = {  # LightningDiT; 1.0B: VA-VAE's appendix; tiny: for a CPU
@@ -274,24 +303,23 @@ def guide(conditional, unconditional, guidance, channels=None):
 
 
 @torch.no_grad()
-def sample(model, noise, labels, steps=250, method="euler", shift=1.0, guidance=1.0, interval=(0.0, 1.0),
+def sample(model, noise, y, steps=250, method="euler", shift=1.0, guidance=1.0, interval=(0.0, 1.0),
            channels=None):
-    """Normalised latents (B, d, h, w) from noise of that shape and labels (B,).
+    """Normalised latents (B, d, h, w) from noise of that shape and y: labels (B,) or texts' features.
     steps: points of the time grid, one more than integration steps (the authors' count). guidance > 1 acts at
     times interval[0] <= t <= interval[1]; elsewhere the null branch is not computed. Embeddings are computed
-    once, and modulations once for each step and class that occurs."""
+    once, and modulations once for each step and class or text that occurs."""
     if method not in METHODS or steps < 2:
         raise ValueError(f"method {method!r}, steps {steps}: not of {', '.join(METHODS)}, or under 2 points")
     times = time_grid(steps, shift)
     is_guided = [guidance > 1 and interval[0] <= t <= interval[1] for t in times]
-    classes, rows = labels.unique(return_inverse=True)
-    with_null = torch.cat((classes, classes.new_tensor([model.num_classes])))
-    class_embedding = model.y_embedder(with_null)  # (C + 1, dim)
-    time_embedding = model.t_embedder(torch.tensor(times, device=labels.device))  # (steps, dim)
-    both_rows = torch.cat((rows, torch.full_like(rows, len(classes))))  # then all the null class
+    different, rows = y.unique(dim=0, return_inverse=True)
+    y_embedding = model.y_embedder(torch.cat((different, model.null(y.device)[None])))  # (C + 1, dim)
+    time_embedding = model.t_embedder(torch.tensor(times, device=y.device))  # (steps, dim)
+    both_rows = torch.cat((rows, torch.full_like(rows, len(different))))  # then all the null
 
     def velocity(x, k):
-        conditions = time_embedding[k] + class_embedding
+        conditions = time_embedding[k] + y_embedding
         if not is_guided[k]:
             return model.velocity(x, conditions, rows)
         return guide(*model.velocity(torch.cat((x, x)), conditions, both_rows).chunk(2), guidance, channels)
@@ -299,7 +327,7 @@ def sample(model, noise, labels, steps=250, method="euler", shift=1.0, guidance=
     return integrate(velocity, noise.float(), times, method, jumps)
 
 
-def noise_and_labels(indices, seed, shape, num_classes):
+def noise_and_labels(indices, seed, shape, num_classes=1):
     """Noise (n, *shape) and random labels (n,) of images `indices`: the same alone, and on any rank."""
     noise, labels = [], []
     for i in indices:
@@ -310,10 +338,10 @@ def noise_and_labels(indices, seed, shape, num_classes):
 
 
 @torch.no_grad()
-def generate(model, tokenizer, stats, noise, labels, bf16=True, **sampling):
-    """Pixels in [0, 1] (b, 3, H, W) from noise (b, d, h, w) and labels (b,); decoded in fp32.
+def generate(model, tokenizer, stats, noise, y, bf16=True, **sampling):
+    """Pixels in [0, 1] (b, 3, H, W) from noise (b, d, h, w) and y, as of sample; decoded in fp32.
     stats: (mean, std) of the latents; sampling: see SAMPLING."""
     device, (mean, std) = model.pos_embed.device, stats
     with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-        latents = sample(model, noise.to(device), labels.to(device), **sampling)
+        latents = sample(model, noise.to(device), y.to(device), **sampling)
     return denormalize(tokenizer.decode(latents * std + mean)).clamp(0, 1)

@@ -24,6 +24,7 @@ import os
 import signal
 import subprocess
 import sys
+import textwrap
 import threading
 import time
 import zipfile
@@ -472,7 +473,8 @@ class Judge(nn.Module):
     """A small convolutional classifier on images scaled to 64 px.
     Its features stand in for Inception's where that is foreign to the data; its classes tell whether a sample
     shows what its label says. It learns from degraded images, so that it answers to content and is blind to
-    blur. accuracy: on images that it has not learned from."""
+    blur. accuracy: on images that it has not learned from. n_classes: their number, or several numbers, of
+    several questions at once."""
     SIDE = 64
     LAYERS = ((48, 5, 2), (96, 3, 2), (96, 3, 1), (192, 3, 2), (192, 3, 1), (256, 3, 2), (256, 3, 1))
 
@@ -483,7 +485,9 @@ class Judge(nn.Module):
             layers += [nn.Conv2d(width, channels, kernel, stride, padding=kernel // 2, bias=False),
                        nn.BatchNorm2d(channels), nn.ReLU()]
             width = channels
-        self.body, self.head, self.accuracy = nn.Sequential(*layers), nn.Linear(width, n_classes), math.nan
+        self.sizes = (n_classes,) if isinstance(n_classes, int) else tuple(n_classes)
+        self.body, self.head = nn.Sequential(*layers), nn.Linear(width, sum(self.sizes))
+        self.accuracy = math.nan
 
     def forward(self, pixels):
         """Pixels in [0, 1] (B, 3, H, W) -> features (B, 256), logits (B, n)."""
@@ -492,15 +496,18 @@ class Judge(nn.Module):
         return features, self.head(features)
 
     @torch.no_grad()
-    def classify(self, pixels):  # -> (B,)
-        return self(pixels)[1].argmax(dim=1)
+    def classify(self, pixels):
+        """-> classes (B,), of several questions (B, questions)."""
+        answers = [logits.argmax(dim=1) for logits in self(pixels)[1].split(self.sizes, dim=1)]
+        return answers[0] if len(answers) == 1 else torch.stack(answers, dim=1)
 
 
-def judge_view(images, generator):
-    """uint8 (B, 3, S, S) -> degraded pixels in [0, 1]: what the judge learns from."""
+def judge_view(images, generator, move=True):
+    """uint8 (B, 3, S, S) -> degraded pixels in [0, 1]: what the judge learns from. move: crop and mirror."""
     u = torch.rand(28, len(images), generator=generator, device=images.device)
-    boxes = draw_boxes(u[:22], (0.8, 1.0))
-    pixels = resample(images.float() / 255, boxes, images.shape[-1], flip=u[22] < 0.5)
+    pixels = images.float() / 255
+    if move:
+        pixels = resample(pixels, draw_boxes(u[:22], (0.8, 1.0)), images.shape[-1], flip=u[22] < 0.5)
     coarse = F.interpolate(F.avg_pool2d(pixels, 2), scale_factor=2.0, mode="bilinear")
     pixels = torch.where((u[23] < 0.3).view(-1, 1, 1, 1), coarse, pixels)
     pixels = gaussian_blur(pixels, torch.where(u[24] < 0.7, 2.5 * u[25], 0.0))
@@ -509,7 +516,9 @@ def judge_view(images, generator):
 
 
 def train_judge(images, labels, n_classes, device, seed=0, n_steps=200, batch_size=64, lr=3e-3):
-    """A Judge of uint8 images (n, 3, S, S), labels (n,); a fifth is kept back, to measure its accuracy."""
+    """A Judge of uint8 images (n, 3, S, S), labels (n,); a fifth is kept back, to measure its accuracy.
+    Of several questions, labels (n, questions), -1 where one has no answer: among them are size and place, so
+    nothing is cropped or mirrored."""
     n_train = len(images) * 4 // 5
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -519,31 +528,40 @@ def train_judge(images, labels, n_classes, device, seed=0, n_steps=200, batch_si
     for step in tqdm(range(n_steps), desc="training the judge", unit=" steps", dynamic_ncols=True):
         generator = step_generator(seed, step, device)
         rows = torch.randint(n_train, (batch_size,), generator=generator, device=device).to(images.device)
-        pixels = judge_view(images[rows].to(device), generator)
+        pixels = judge_view(images[rows].to(device), generator, move=labels.ndim == 1)
         with torch.autocast(device.type, torch.bfloat16):
-            loss = F.cross_entropy(judge(pixels)[1].float(), labels[rows].to(device), label_smoothing=0.1)
+            questions = zip(judge(pixels)[1].float().split(judge.sizes, dim=1),
+                            labels[rows].to(device).view(len(rows), -1).unbind(dim=1))
+            loss = sum(F.cross_entropy(logits, answers, ignore_index=-1, label_smoothing=0.1)
+                       for logits, answers in questions)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
     judge.eval().requires_grad_(False)
     predictions = [judge.classify(x.to(device).float() / 255).cpu() for x in images[n_train:].split(256)]
-    judge.accuracy = (torch.cat(predictions) == labels[n_train:]).float().mean().item()
+    right, is_answered = torch.cat(predictions) == labels[n_train:], labels[n_train:] >= 0
+    judge.accuracy = right[is_answered].float().mean().item()
     return judge
 
 
 def open_judge(path, source, n_classes, device, seed=0, most=16384):
     """The judge of a labelled source, from path, or trained on up to `most` of its images and kept there.
-    A broken file is made anew."""
+    A broken file is made anew. n_classes: several numbers for the built-in set's ATTRIBUTES."""
     fingerprint = by_first_rank(lambda: f"{source.fingerprint()} {n_classes} classes")
+    is_of_classes = isinstance(n_classes, int)
     if rank() == 0 and read_judge(path, n_classes, fingerprint) is None:
         folder, is_claimed = os.path.dirname(path) or ".", False
         with suppress(ValueError):      # another process trains it, too; else what a kill left is swept
             is_claimed = claim_folder(folder)
-        canvases, _, labels = load_evaluation_set(source, most, whole=True)
-        canvases, labels = canvases[labels >= 0], labels[labels >= 0]
+        if is_of_classes:
+            canvases, _, labels = load_evaluation_set(source, most, whole=True)
+            canvases, labels = canvases[labels >= 0], labels[labels >= 0]
+        else:
+            canvases, labels = (torch.from_numpy(x[:most]) for x in (source.images, source.attributes()[0]))
         images = [(to_image_size(part, Judge.SIDE) * 255).round().byte() for part in canvases.split(256)]
-        judge = train_judge(torch.cat(images), labels, n_classes, device, seed)
+        options = {} if is_of_classes else dict(n_steps=600)
+        judge = train_judge(torch.cat(images), labels, n_classes, device, seed, **options)
         content = dict(judge=judge.state_dict(), accuracy=judge.accuracy, fingerprint=fingerprint)
         write_atomically(path, lambda f: torch.save(content, f))
         if is_claimed:
@@ -752,13 +770,43 @@ def read_latent_stats(path):
     return stats["mean"].float(), stats["std"].float()
 
 
-def sample_picture(model, tokenizer, stats, class_names, seed, per_class=8, most_classes=12, **sampling):
-    """A named row of samples of each of the first classes, always from the same noise -> Pillow image."""
-    n = min(model.num_classes, most_classes)
-    noise, _ = noise_and_labels(range(n * per_class), seed, model.latent_shape, 1)
-    labels = torch.arange(n).repeat_interleave(per_class)
-    images = generate(model, tokenizer, stats, noise, labels, **sampling).unflatten(0, (n, per_class))
-    return named_rows(images, [class_names[i] if class_names else f"class {i}" for i in range(n)])
+class Texts:
+    """The text tower of --text_from, or of --tokenizer: called with n texts, it gives features (n, dim)."""
+    def __init__(self, args, device):
+        self.folder = first_on_node(lambda: find_checkpoint(args.text_from or args.tokenizer))
+        self.model, self.device = VTP.from_pretrained(self.folder).to(device).eval(), device
+        config = self.model.config
+        self.dim, self.length = config.text_embed_dim, config.text_context_length
+        self.tokenize = first_on_node(lambda: data.make_tokenizer(config.text_vocab_size, args.bpe))
+
+    @torch.no_grad()
+    def __call__(self, texts):
+        return self.model.encode_text(self.tokenize(texts, self.length).to(self.device)).cpu()
+
+
+def sample_picture(model, tokenizer, stats, class_names, seed, per_class=8, most_classes=12, texts=None,
+                   **sampling):
+    """A named row of samples of each of the first classes, always from the same noise -> Pillow image.
+    texts: (captions, their features), of which it draws instead."""
+    if texts is None:
+        y = torch.arange(min(model.num_classes, most_classes))
+        names = [class_names[i] if class_names else f"class {i}" for i in range(len(y))]
+    else:
+        names, y = texts
+    n = len(y)
+    noise, _ = noise_and_labels(range(n * per_class), seed, model.latent_shape)
+    y = y.repeat_interleave(per_class, dim=0)
+    images = generate(model, tokenizer, stats, noise, y, **sampling).unflatten(0, (n, per_class))
+    return named_rows(images, names)
+
+
+def prompts_picture(prompts, paths, per_prompt=8, most=64):
+    """Images at paths, image i of prompt i modulo their number: some of each beside it -> Pillow image."""
+    n, rows = min(len(prompts), len(paths), most), []
+    for k in range(n):
+        images = [np.asarray(Image.open(path)) for path in paths[k::len(prompts)][:per_prompt]]
+        rows.append(torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2) / 255)
+    return named_rows(rows, prompts[:n])
 
 
 # ----- Pictures -------------------------------------------------------------------------------------------
@@ -800,14 +848,15 @@ def stacked_rows(batches, per_row):
 
 
 def named_rows(images, names):
-    """Images (rows, n, 3, H, W) in [0, 1] -> Pillow image with a name before each row."""
+    """Rows of images (n, 3, H, W) in [0, 1] -> Pillow image with a name before each row."""
     grid, font = image_grid(list(images)), ImageFont.load_default(13)
-    width = int(max(font.getlength(name) for name in names)) + 12
+    names = [textwrap.fill(name, 34) for name in names]
+    width = int(max(font.getlength(line) for name in names for line in name.split("\n"))) + 12
     sheet = Image.new("RGB", (width + grid.width, grid.height), "white")
     sheet.paste(grid, (width, 0))
     for i, name in enumerate(names):
         middle = (width - 6, (i + 0.5) * grid.height / len(names))
-        ImageDraw.Draw(sheet).text(middle, name, "black", font, anchor="rm")
+        ImageDraw.Draw(sheet).text(middle, name, "black", font, anchor="rm", align="right")
     return sheet
 
 
@@ -1422,7 +1471,8 @@ def read_settings(argv=None):
     defaults = {name: of_dit.get(name) for name in (*SAMPLING, "precision")}
     defaults |= {name: of_data.get(name) for name in ("data", "val_data", "classnames")}
     defaults |= dict(
-        label=of_data.get("label", "cls"), bpe=of_tokenizer.get("bpe"),
+        condition=of_dit.get("condition", "class"), text_from=of_dit.get("text_from"),
+        label=of_data.get("label", "cls"), bpe=of_tokenizer.get("bpe") or of_dit.get("bpe"),
         train_size=of_dit.get("train_size") or of_tokenizer.get("train_size") or 8192,
         fid_features="judge" if is_built_in else "inception",
         lpips="none" if is_built_in or args.samples else "auto",
@@ -1487,6 +1537,7 @@ def measure_runs(args, device):
     model, size = subject.model, subject.size
     common = dict(classnames=args.classnames, label=args.label, needs_caption=False)
     source = data.open_source(args.data, size, "train", args.train_size, **common)
+    common["needs_caption"] = args.condition == "text"
     if not args.samples:
         folders = getattr(source, "folders", None)
         val_source = data.open_source(args.val_data, size, "val", **common, folders=folders)
@@ -1519,7 +1570,10 @@ def measure_runs(args, device):
             picture = reconstruction_picture(model, held_out[0][chosen], size=size)
             save_image(picture, os.path.join(args.out, "reconstructions.png"))
     if args.dit is not None and network is not None:
-        row.update(measure_dit(args, subject, train, device))
+        captions = None
+        if args.condition == "text":
+            captions = Captions(args, device, source, val_source, held_out)
+        row.update(measure_dit(args, subject, train, device, captions))
     return row
 
 
@@ -1532,19 +1586,83 @@ def open_dit(run, device):
 SECOND_FIGURES = ("gfid", "precision", "recall", "sample_accuracy", "sample_zero_shot")
 
 
-def measure_dit(args, subject, train, device):
+class Captions:
+    """What a DiT of texts is measured on: this rank's share of held-out samples, whose captions all ranks
+    draw. Of the built-in set a judge of its ATTRIBUTES says what an image shows of them."""
+    def __init__(self, args, device, source, val_source, held_out):
+        self.canvases, self.texts, labels = held_out
+        self.tower, self.device, self.judge, W = Texts(args, device), device, None, world_size()
+        ids = [int(hashlib.sha256(text.encode()).hexdigest()[:14], 16) for text in self.texts]
+        self.own = dict(text_features=self.tower(self.texts), caption_ids=torch.tensor(ids), labels=labels)
+        if args.data is None:
+            path, sizes = "_attributes".join(os.path.splitext(args.judge)), map(len, data.ATTRIBUTES.values())
+            self.judge = open_judge(path, source, tuple(sizes), device)
+            order = permutation(0, 0, len(val_source))[rank()::W][:len(labels)]     # as load_evaluation_set's
+            said = torch.from_numpy(val_source.attributes()[1][order])
+            is_held_out = (said[:, None, :2] == torch.tensor(data.HELD_OUT_PAIRS)).all(dim=2).any(dim=1)
+            self.own |= dict(said=said, is_held_out=is_held_out)
+        self.numbers = range(rank(), rank() + W * len(labels), W)
+        self.all = collect(self.numbers, lambda numbers: {k: x[[n // W for n in numbers]]
+                                                          for k, x in self.own.items()})
+
+    def of(self, numbers):
+        """What the images of these numbers should show, which begin anew where captions end."""
+        return {k: x[[n % len(x) for n in numbers]] for k, x in self.all.items()}
+
+    @torch.no_grad()
+    def shown(self, images):
+        """What uint8 images (b, 3, H, W) show."""
+        images, size = images.to(self.device), self.tower.model.config.image_size
+        features = self.tower.model.encode_image(normalize(to_image_size(images, size))).float()
+        return dict(shown_features=features,
+                    **({} if self.judge is None else dict(answers=self.judge.classify(images.float() / 255))))
+
+    def of_real_images(self, n, batch_size):
+        """Both, of the captions' own images, the first n of them, over all ranks."""
+        def compute(numbers):
+            rows = [number // world_size() for number in numbers]
+            return {k: x[rows] for k, x in self.own.items()} | self.shown(self.canvases[rows])
+        return collect([number for number in self.numbers if number < n], compute, batch_size)
+
+
+def text_figures(features):
+    """Figures of what Captions says that images should show and show: do images find their caption among all,
+    and captions their image, by the towers of --text_from; how many show what their caption says of each
+    attribute, and both shape and colour, by pairs that --hold_out_pairs leaves in and those that it leaves
+    out."""
+    row = retrieval(features["shown_features"], features["text_features"], features["caption_ids"].tolist())
+    if "answers" in features:
+        said, is_held_out = features["said"], features["is_held_out"]
+        right = (features["answers"] == said).float()
+        for k, name in enumerate(data.ATTRIBUTES):
+            row[name] = right[said[:, k] >= 0, k].mean().item()
+        both = right[:, 0] * right[:, 1]
+        row.update(shape_and_colour=both[~is_held_out].mean().item(),
+                   held_out_pairs=both[is_held_out].mean().item())
+    return row
+
+
+def measure_dit(args, subject, train, device, captions=None):
     """Samples of --dit against features of training images -> figures; a picture in --out. Figures of
-    a further --guidance W end in _guidanceW, those of a further judge N in _judgeN."""
+    a further --guidance W end in _guidanceW, those of a further judge N in _judgeN.
+    captions: of a DiT of texts; then figures of text_figures, drawn_ before them, and real_drawn_ those of
+    the captions' own images."""
     model, stats = open_dit(args.dit, device)
     tokenizer, network, row = subject.model, subject.network, {}
     sampling = {name: getattr(args, name) for name in SAMPLING if getattr(args, name) is not None}
     sampling["bf16"] = args.precision != "fp32"
 
     def compute(numbers):
-        noise, labels = noise_and_labels(numbers, args.seed, model.latent_shape, model.num_classes)
-        images = to_uint8(generate(model, tokenizer, stats, noise, labels, **sampling))
+        noise, labels = noise_and_labels(numbers, args.seed, model.latent_shape, model.num_classes or 1)
+        y = labels
+        if captions is not None:
+            wanted = captions.of(numbers)
+            y, labels = wanted["text_features"], wanted["labels"]
+        images = to_uint8(generate(model, tokenizer, stats, noise, y, **sampling))
         features = dict(subject.sample_features(images), labels=labels)
-        if subject.tokenize and subject.class_names:
+        if captions is not None:
+            features |= wanted | captions.shown(images)
+        elif subject.tokenize and subject.class_names:
             features["image_features"] = tokenizer.encode_image(normalize(images.float() / 255)).float()
         return features
     if args.reference:
@@ -1559,6 +1677,7 @@ def measure_dit(args, subject, train, device):
             figures = compare_samples(part(fake), part(train))
             if isinstance(network, Judge):
                 right = fake[f"logits{of_network}"].argmax(dim=1) == fake["labels"]
+                right = right[fake["labels"] >= 0]
                 figures.update(sample_accuracy=right.float().mean().item(), real_accuracy=network.accuracy)
             if of_network == "" and "image_features" in fake:
                 by_text = zero_shot(tokenizer, fake["image_features"], fake["labels"], subject.class_names,
@@ -1566,9 +1685,17 @@ def measure_dit(args, subject, train, device):
                 figures["sample_zero_shot"] = by_text["zero_shot_top1"]
             row.update({f"{k}{of_network}{of_guidance}": x for k, x in figures.items()
                         if not (of_network or of_guidance) or k in SECOND_FIGURES})
+        if captions is not None:
+            row.update({f"drawn_{k}{of_guidance}": x for k, x in text_figures(fake).items()})
+    shown = None
+    if captions is not None:
+        real = text_figures(captions.of_real_images(args.n_samples, args.batch_size))
+        row.update({f"real_drawn_{k}": x for k, x in real.items()})
+        shown = captions.texts[:8], captions.own["text_features"][:8]
     if rank() == 0:
         sampling["guidance"] = args.guidance[0]
-        picture = sample_picture(model, tokenizer, stats, subject.class_names, args.seed, **sampling)
+        picture = sample_picture(model, tokenizer, stats, subject.class_names, args.seed, texts=shown,
+                                 **sampling)
         save_image(picture, os.path.join(args.out, "samples.png"))
     return row
 
@@ -1594,7 +1721,10 @@ TABLE = {
         "zero_shot_top1 zero_shot_interval zero_shot_top5 zero_shot_chance zero_shot_templates image_to_text "
         "text_to_image retrieval_chance linear_probe linear_probe_balanced knn dino_1_linear_probe "
         "dino_4_linear_probe dino_1_knn class_share chance",
-    "generation": "gfid sfid inception_score precision recall sample_accuracy sample_zero_shot real_accuracy"}
+    "generation": "gfid sfid inception_score precision recall sample_accuracy sample_zero_shot real_accuracy",
+    "images of held-out captions":
+        "drawn_image_to_text drawn_text_to_image drawn_shape drawn_colour drawn_size drawn_place "
+        "drawn_background drawn_shape_and_colour drawn_held_out_pairs"}
 
 
 def table(row):
@@ -1615,6 +1745,8 @@ def conditions(name, row):
         return f"{network}; {row['n_val']:,} images and their reconstructions"
     if name == "inception_score":
         return f"{network}; {row['n_samples']:,} samples"
+    if name.startswith("drawn_"):
+        return f"real images {row['real_' + name]:.4g}"
     against = f"{row.get('n_references', 0):,} reference images"
     if name in ("gfid", "sfid") and row["reference_moments"]:
         against = "the moments in --reference, with the resizing of whoever made them"

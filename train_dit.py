@@ -1,9 +1,11 @@
 """
-Train a class-conditional DiT on the frozen latents of a tokenizer, and generate images with it (VTP, arXiv
-2512.13687, which follows LightningDiT).
+Train a DiT on the frozen latents of a tokenizer, and generate images with it (VTP, arXiv 2512.13687, which
+follows LightningDiT): of a class, or of a text, by the tokenizer's own text tower.
 
-On any machine, a few minutes, on the tokenizer and the data of `python train_tokenizer.py`:
+On any machine, a few minutes, on the tokenizer and the data of `python train_tokenizer.py`; then from text:
     python train_dit.py
+    python train_dit.py --condition text --out runs/text
+    python train_dit.py --sample 8 --checkpoint runs/text --out runs/stars --prompt "a red star on blue"
 
 The paper's run: the released VTP-L, ImageNet, 8 GPUs. Latents are cached first (1.28M images, twice, 84 GB in
 bf16):
@@ -71,14 +73,21 @@ def make_parser():
     option("--classnames", None, "a file with a class name on each line, in the order of the labels",
            absolute)
     option("--train_size", 65536, "scenes in the built-in set", count, tiny=8192)
+    flag("--hold_out_pairs", "leave scenes with 10 of the 120 pairs of shape and colour out of it")
     option("--image_size", None, "side in pixels; default: the tokenizer's own", count)
-    option("--cache", None, "folder of the latents; default: latents/ in --tokenizer, or in runs/ID",
-           absolute)
+    option("--cache", None, "folder of the latents; default: latents/ in --tokenizer, or in runs/ID; of "
+           "texts latents_text/", absolute)
     option("--latents_stats", None, "a latents_stats.pt to normalise with; default: the cache's own",
            absolute)
     option("--max_skipped", 0.1, "largest share of unusable samples", share)
 
+    option("--bpe", None, "path of CLIP's bpe_simple_vocab_16e6.txt.gz; default: fetched once", absolute)
+
     section("training")
+    option("--condition", "class", "what the DiT draws: a class, or a text, by the feature that the text "
+           "tower of --text_from has of it", choices=("class", "text"))
+    option("--text_from", None, "a tokenizer with a text tower, if it is another than --tokenizer",
+           folder_or_name)
     option("--model", "tiny", f"size: {', '.join(DIT_SIZES)}", choices=DIT_SIZES)
     flag("--qk_norm", "normalise queries and keys, against NaNs (LightningDiT's variant; paper: without)")
     option("--samples", 102_400_000, "latents seen in all (paper: 100k steps of 1,024)", count, tiny=98_304)
@@ -90,13 +99,15 @@ def make_parser():
     option("--ema", 0.9999, "decay of the averaged weights, which are those that sample", share, tiny=0.995)
     option("--mu", -0.5, "of t = sigmoid(mu + sigma normal) (paper: VTP-L -0.75)", float, tiny=-0.4)
     option("--sigma", 1.25, "see --mu (paper: VTP-L 1.0)", positive, tiny=1.0)
-    flag("--mirror", "learn images' mirror images too (LightningDiT); default: not if built in, where arrows "
-         "point right", yes_or_no=True, default=None)
-    option("--label_dropout", 0.1, "share of labels replaced by the null class, for guidance", share)
+    flag("--mirror", "learn images' mirror images too (LightningDiT), but for texts that say left or right; "
+         "default: not if built in, where arrows point right", yes_or_no=True, default=None)
+    option("--label_dropout", 0.1, "share of classes or texts replaced by the null, for guidance", share)
     option("--seed", 0, "of initialisation, data order and every draw; with --sample, of the noise", whole)
 
     section("sampling (also of the pictures while training)")
     option("--sample", None, "images to generate from --checkpoint into --out, instead of training", count)
+    parser.group.add_argument("--prompt", nargs="+", help="texts to draw, or a file with one on each line: "
+                              "image i is of text i modulo their number; OUT.png shows them together")
     option("--checkpoint", "runs/dit", "a run, or a LightningDiT file, with --tokenizer and --latents_stats")
     option("--steps", 250, "points of the time grid, one more than steps (paper: with XL)", count,
            tiny=20, B=100)
@@ -139,14 +150,21 @@ def read_settings(argv=None):
     parser.complete(args, kind=args.model.split("/")[0])
     if args.sample is None:
         if args.eval_samples is None:
-            args.eval_samples = 500 if args.data is None else 0
+            args.eval_samples = 500 if args.data is None and args.condition == "class" else 0
         if args.mirror is None:
             args.mirror = args.data is not None
         check_training(args)
     if args.steps < 2:
         raise ValueError(f"--steps {args.steps}: a time grid has at least 2 points")
-    check_paths(args, ("data",), ("classnames", "latents_stats"))
+    check_paths(args, ("data",), ("classnames", "latents_stats", "bpe"))
     first_on_node(lambda: read_config(find_checkpoint(args.tokenizer)))
+    if args.condition == "text":
+        where = args.text_from or args.tokenizer
+        if not read_config(first_on_node(lambda: find_checkpoint(where))).train_clip:
+            raise ValueError(f"{where} has no text tower: take that of another tokenizer, --text_from")
+    if (args.prompt is not None) != (args.sample is not None and args.condition == "text"):
+        raise ValueError("--prompt belongs to --sample of a DiT that draws texts (--condition text), which "
+                         "needs it")
     return args
 
 
@@ -160,7 +178,7 @@ def check_training(args):
     if args.cache is None:
         is_local = os.path.isdir(args.tokenizer)
         folder = args.tokenizer if is_local else os.path.join("runs", args.tokenizer.replace("/", "--"))
-        args.cache = os.path.join(folder, "latents")
+        args.cache = os.path.join(folder, "latents_text" if args.condition == "text" else "latents")
     names = os.listdir(args.cache) if os.path.isdir(args.cache) else []
     if "cache.json" not in names and not all(map(is_leftover, names)):
         raise ValueError(f"--cache {args.cache} is a folder with other things in it; choose another")
@@ -175,6 +193,7 @@ def follow_run(args):
             raise ValueError("--checkpoint is a file: give what normalised its latents, --latents_stats")
         args.tokenizer, args.precision = args.tokenizer or "runs/tokenizer", args.precision or "bf16"
         _, sizes = read_lightningdit(args.checkpoint)
+        args.condition = "class" if sizes.get("text_dim") is None else "text"
         args.model = next((name for name, size in DIT_SIZES.items()
                            if (size["dim"], size["depth"]) == (sizes["dim"], sizes["depth"])), "another")
         return
@@ -188,6 +207,16 @@ def follow_run(args):
         if name not in recorded:
             raise ValueError(f"--checkpoint {args.checkpoint} is no run of train_dit.py: it lacks {name}")
         setattr(args, name, recorded[name] if getattr(args, name) is None else getattr(args, name))
+    args.condition = recorded.get("condition", "class")
+    args.text_from, args.bpe = (getattr(args, k) or recorded.get(k) for k in ("text_from", "bpe"))
+
+
+def read_prompts(args):
+    """--prompt -> a list of texts."""
+    if len(args.prompt) == 1 and os.path.isfile(args.prompt[0]):
+        with open(args.prompt[0], encoding="utf-8") as f:
+            return [line.strip() for line in f if line.strip()] or [""]
+    return args.prompt
 
 
 def sampling_options(args):
@@ -197,7 +226,8 @@ def sampling_options(args):
 
 # ----- The latents, once: each image and its mirror image -------------------------------------------------
 #   00000.bin ...     parts, each written by one rank and all at once: (rows, 2, d, h, w) bfloat16, [i, 1]
-#                     mirrored, then a label int64 for each row, -1: it has none, -2: it cannot be used
+#                     mirrored (but not where the text says left or right), then a label int64 for each row,
+#                     -1: it has none, -2: it cannot be used; of texts also their features (rows, text_dim)
 #   cache.json        sizes of shards, slices of each, shape, class names, and of what the latents were made
 #   latents_stats.pt  {'mean', 'std'} of shape (1, d, 1, 1), the form of the authors' files; written last
 # A shard is a tar, or SHARD_ROWS images of a folder. Part k has every slices-th row of shard k // slices from
@@ -207,22 +237,26 @@ SHARD_ROWS = 1024
 NO_LABEL, UNUSABLE = -1, -2
 
 
-def open_cache(args, tokenizer, source, device):
-    """The latents of a source in --cache -> LatentCache."""
+def open_cache(args, tokenizer, source, device, texts=None):
+    """The latents of a source in --cache, with texts given its captions' features -> LatentCache."""
     size = args.image_size or tokenizer.config.image_size
     side = size // tokenizer.config.vision_patch_size
     shape = (tokenizer.config.vision_feature_bottleneck, side, side)
     workers = data.default_workers(args.data) if args.workers is None else args.workers
     made_of = by_first_rank(lambda: dict(tokenizer=evaluate.file_digest(find_checkpoint(args.tokenizer)),
-                                         data=source.fingerprint(), settings=f"{size} px"))
+                                         data=source.fingerprint(), settings=f"{size} px",
+                                         **({} if texts is None else {"text tower":
+                                             evaluate.file_digest(texts.folder)})))
     encode_images = functools.partial(encode, tokenizer, device)
-    return complete_cache(args.cache, source, encode_images, shape, made_of, args.max_skipped, workers)[0]
+    return complete_cache(args.cache, source, encode_images, shape, made_of, args.max_skipped, workers,
+                          texts)[0]
 
 
-def complete_cache(folder, source, encode, latent_shape, made_of, max_skipped=0.1, n_workers=0):
+def complete_cache(folder, source, encode, latent_shape, made_of, max_skipped=0.1, n_workers=0, texts=None):
     """What is missing of the cache in folder, or broken, is encoded now, by all ranks -> LatentCache,
     {reason: samples skipped now}.
     encode: uint8 (b, 3, C, C) on the host -> latents (b, *latent_shape). made_of: what they are made of.
+    texts: see evaluate.Texts; None: captions are left out.
     ValueError: the folder's are of something else. UserError: more than the share max_skipped cannot be used,
     or no sample has a class. OSError: the disk has no room for all."""
     if not by_first_rank(lambda: is_complete(folder)):
@@ -233,11 +267,13 @@ def complete_cache(folder, source, encode, latent_shape, made_of, max_skipped=0.
         is_tars, n_readers = isinstance(source, data.TarSource), max(n_workers, 1) * world_size()
         about = dict(sizes=sizes, slices=math.ceil(n_readers / len(sizes)) if is_tars else 1,
                      shape=latent_shape, class_names=source.class_names, made_of=made_of)
+        if texts is not None:
+            about["text_dim"] = texts.dim
         by_first_rank(lambda: begin_cache(folder, about))
     if differs := [k for k, v in made_of.items() if about["made_of"].get(k) != v]:
         raise ValueError(f"the latents in {folder} were made with another {' and '.join(differs)}: "
                          "choose another --cache, or delete that folder")
-    skipped = encode_parts(folder, about, missing_parts(folder, about), source, encode, n_workers)
+    skipped = encode_parts(folder, about, missing_parts(folder, about), source, encode, n_workers, texts)
     by_first_rank(lambda: is_complete(folder) or finish_cache(folder, source, max_skipped, skipped))
     by_first_rank(lambda: release_folder(folder))
     return LatentCache(folder), skipped
@@ -254,6 +290,7 @@ def read_about(folder):
     try:
         found = evaluate.read_json(os.path.join(folder, "cache.json"))
         about = {k: found[k] for k in ("sizes", "slices", "shape", "class_names", "made_of")}
+        about |= {k: found[k] for k in ("text_dim",) if k in found}
         return about if found["digest"] == data.digest_of(json.dumps(about)) else None
     except (ValueError, KeyError, FileNotFoundError):
         return None
@@ -293,21 +330,26 @@ def row_bytes(about):
     return 4 * math.prod(about["shape"])
 
 
+def part_bytes(about, n_rows):
+    """Bytes of n_rows: latents, labels, features of texts."""
+    return n_rows * (row_bytes(about) + 8 + 2 * about.get("text_dim", 0))
+
+
 def missing_parts(folder, about):
     """Parts that are not there, or broken: those whose file has not its length."""
     def is_whole(k):
-        path, n_bytes = part_path(folder, k), part_rows(about, k) * (row_bytes(about) + 8)
+        path, n_bytes = part_path(folder, k), part_bytes(about, part_rows(about, k))
         return os.path.isfile(path) and os.path.getsize(path) == n_bytes
     return [k for k in range(len(about["sizes"]) * about["slices"]) if not is_whole(k)]
 
 
-def encode_parts(folder, about, parts, source, encode, n_workers, batch_size=256):
+def encode_parts(folder, about, parts, source, encode, n_workers, texts=None, batch_size=256):
     """Write parts of a cache, by all ranks -> {reason: samples skipped}; see complete_cache."""
     parts = gather_objects(parts)[0]            # as rank 0 sees them: others may write already
     if not parts:
         return {}
     n_rows = sum(part_rows(about, k) for k in parts)
-    n_bytes = n_rows * (row_bytes(about) + 8)
+    n_bytes = part_bytes(about, n_rows)
     free = by_first_rank(lambda: shutil.disk_usage(folder).free)
     if n_bytes > free:
         raise OSError(f"the latents need {n_bytes:,} bytes in {folder}, where {free:,} are free")
@@ -316,19 +358,25 @@ def encode_parts(folder, about, parts, source, encode, n_workers, batch_size=256
                                          worker_init_fn=functools.partial(data.begin_worker, os.getpid()))
     bar = tqdm(total=math.ceil(n_rows / world_size()), unit=" images", desc="encoding", disable=rank() != 0,
                dynamic_ncols=True)
-    for places, images, labels, reasons, finished in loader:
+    for places, images, captions, labels, reasons, finished in loader:
         skipped.update(reasons)
         if len(places):
             pair = torch.stack((encode(images), encode(images.flip(-1))), dim=1)        # (b, 2, d, h, w)
+            if texts is not None:
+                features = texts(captions).bfloat16().view(torch.int16).numpy()
+                has_side = torch.tensor([data.names_a_side(caption) for caption in captions])
+                pair[has_side, 1] = pair[has_side, 0]
             pair = pair.cpu().bfloat16().view(torch.int16).numpy()                # NumPy has no bfloat16
         try:
             for i, (k, index) in enumerate(places):
                 if k not in unfinished:
                     unfinished[k] = begin_part(folder, about, k)
-                file, of_part = unfinished[k]
+                file, of_part, texts_of_part = unfinished[k]
                 file.seek(index * row_bytes(about))
                 file.write(pair[i].tobytes())
                 of_part[index] = labels[i]
+                if texts is not None:
+                    texts_of_part[index] = features[i]
             for k in finished:      # it may have had no usable sample
                 finish_part(folder, about, k, *unfinished.pop(k, None) or begin_part(folder, about, k))
         except OSError as error:
@@ -343,16 +391,17 @@ def encode_parts(folder, about, parts, source, encode, n_workers, batch_size=256
 
 
 def begin_part(folder, about, k):
-    """A temporary file for part k, and labels for its rows."""
-    file = open(f"{part_path(folder, k)}.{os.getpid()}.tmp", "wb")
-    return file, np.full(part_rows(about, k), UNUSABLE)
+    """A temporary file for part k, and labels and texts' features for its rows."""
+    file, n_rows = open(f"{part_path(folder, k)}.{os.getpid()}.tmp", "wb"), part_rows(about, k)
+    return file, np.full(n_rows, UNUSABLE), np.zeros((n_rows, about.get("text_dim", 0)), np.int16)
 
 
-def finish_part(folder, about, k, file, labels):
-    """Write the labels behind the latents, and give the part its name."""
+def finish_part(folder, about, k, file, labels, features):
+    """Write labels and features behind the latents, and give the part its name."""
     with file:
         file.seek(len(labels) * row_bytes(about))
         file.write(labels.astype(np.int64).tobytes())
+        file.write(features.tobytes())
         file.flush()
         os.fsync(file.fileno())
     os.replace(file.name, part_path(folder, k))
@@ -369,8 +418,8 @@ def shard_sizes(source):
 
 
 class PartReader(torch.utils.data.IterableDataset):
-    """This rank's share of parts, sample by sample: (part, index in it, canvas, label); after a sample that
-    cannot be used (part, None, reason, None), at the end of a part (part, None, None, None)."""
+    """This rank's share of parts, sample by sample: (part, index in it, canvas, caption, label); after one
+    that cannot be used (part, None, reason), at the end of a part (part, None, None)."""
     def __init__(self, source, about, parts, n_workers):
         self.source, self.slices, self.parts, self.roles = source, about["slices"], parts, max(n_workers, 1)
         self.starts, self.n_rows = np.cumsum([0, *about["sizes"]]), [part_rows(about, p) for p in parts]
@@ -384,11 +433,11 @@ class PartReader(torch.utils.data.IterableDataset):
                 try:
                     if number // self.slices >= n_rows:
                         raise data.BadSample("more samples than before")        # a tar that has changed
-                    image, _, label = load()
-                    yield k, number // self.slices, torch.tensor(image), max(label, NO_LABEL)
+                    image, caption, label = load()
+                    yield k, number // self.slices, torch.tensor(image), caption, max(label, NO_LABEL)
                 except data.BadSample as reason:
-                    yield k, None, str(reason), None
-            yield k, None, None, None
+                    yield k, None, str(reason)
+            yield k, None, None
 
     def samples_of(self, k):
         """(number in the shard, function that loads it) of each sample of part k."""
@@ -401,12 +450,13 @@ class PartReader(torch.utils.data.IterableDataset):
 
     @staticmethod
     def collate(samples):
-        """-> [(part, index)] (b), images uint8 (b, 3, C, C) or (), labels (b), reasons, finished parts."""
+        """-> [(part, index)] (b), images uint8 (b, 3, C, C) or (), captions, labels (b), reasons, finished
+        parts."""
         good = [s for s in samples if s[1] is not None]
         reasons = [s[2] for s in samples if s[1] is None and s[2] is not None]
         finished = [s[0] for s in samples if s[1] is None and s[2] is None]
         images = torch.stack([s[2] for s in good]) if good else ()
-        return [s[:2] for s in good], images, [s[3] for s in good], reasons, finished
+        return [s[:2] for s in good], images, [s[3] for s in good], [s[4] for s in good], reasons, finished
 
 
 def finish_cache(folder, source, max_skipped, skipped):
@@ -421,7 +471,8 @@ def finish_cache(folder, source, max_skipped, skipped):
                         f"than the share of {max_skipped} that --max_skipped allows: {skipped or ''}")
     if not len(cache):
         raise UserError(f"no sample of {source.name} has a class, which this model needs: class folders, "
-                        ".cls files, or --label")
+                        ".cls files, or --label" if cache.text_dim is None else
+                        f"no sample of {source.name} can be used")
     some = cache.rows[np.linspace(0, len(cache) - 1, min(len(cache), 10_000)).astype(np.int64)]
     x = cache.latents_at(some)[:, 0].double()
     std, mean = torch.std_mean(x, dim=(0, 2, 3), keepdim=True)
@@ -439,14 +490,20 @@ class LatentCache:
         about = read_about(folder)
         self.slices, self.latent_shape = about["slices"], tuple(about["shape"])
         self.starts, self.class_names = np.cumsum([0, *about["sizes"]]), about["class_names"]
-        self.parts, self.labels = [], np.empty(self.starts[-1], np.int64)
+        self.text_dim = about.get("text_dim")
+        self.parts, self.texts, self.labels = [], [], np.empty(self.starts[-1], np.int64)
         for k in range(len(about["sizes"]) * self.slices):
             n_rows, (shard, first) = part_rows(about, k), divmod(k, self.slices)
             path, shape = part_path(folder, k), (n_rows, 2, *self.latent_shape)
             self.parts.append(np.memmap(path, np.int16, "r", shape=shape) if n_rows else None)
             of_shard = self.labels[self.starts[shard]:self.starts[shard + 1]]
-            of_shard[first::self.slices] = np.fromfile(path, np.int64, offset=n_rows * row_bytes(about))
-        self.rows = np.flatnonzero(self.labels >= 0)
+            start = n_rows * row_bytes(about)
+            of_shard[first::self.slices] = np.fromfile(path, np.int64, n_rows, offset=start)
+            if self.text_dim is not None and n_rows:
+                self.texts.append(np.memmap(path, np.int16, "r", start + 8 * n_rows, (n_rows, self.text_dim)))
+            else:
+                self.texts.append(None)
+        self.rows = np.flatnonzero(self.labels > (NO_LABEL if self.text_dim is None else UNUSABLE))
         self.num_classes = max(int(self.labels.max(initial=-1)) + 1, len(self.class_names or ()))
         stats = os.path.join(folder, "latents_stats.pt")
         self.mean, self.std = evaluate.read_latent_stats(stats) if os.path.isfile(stats) else (None, None)
@@ -457,17 +514,27 @@ class LatentCache:
 
     def latents_at(self, rows):
         """Latents of rows (b,) of all: bfloat16 (b, 2, d, h, w), a copy in memory."""
+        return self.found_in(self.parts, rows)
+
+    def conditions_at(self, rows):
+        """What a DiT draws of rows (b,): labels int64 (b,), or texts' features bfloat16 (b, text_dim)."""
+        if self.text_dim is None:
+            return torch.from_numpy(self.labels[rows])
+        return self.found_in(self.texts, rows)
+
+    def found_in(self, parts, rows):
+        """Rows (b,) of what is in parts, bfloat16."""
         shards = np.searchsorted(self.starts, rows, side="right") - 1
         numbers = rows - self.starts[shards]
-        parts = shards * self.slices + numbers % self.slices
-        found = np.stack([self.parts[k][i] for k, i in zip(parts, numbers // self.slices)])
+        of_part = shards * self.slices + numbers % self.slices
+        found = np.stack([parts[k][i] for k, i in zip(of_part, numbers // self.slices)])
         return torch.from_numpy(found).view(torch.bfloat16)
 
     def read(self, step, batch_size, seed):
-        """This rank's share of global batch `step` of an endless shuffle: (b, 2, d, h, w), labels (b,)."""
+        """This rank's share of global batch `step` of an endless shuffle: latents, conditions."""
         places = np.arange(step * batch_size + rank(), (step + 1) * batch_size, world_size())
         rows = self.rows[data.rows_at(places, len(self.rows), seed)]
-        return self.latents_at(rows), torch.from_numpy(self.labels[rows])
+        return self.latents_at(rows), self.conditions_at(rows)
 
     def batch(self, step, batch_size, seed):
         """The same, with the next step's batch read in the meantime."""
@@ -479,12 +546,12 @@ class LatentCache:
 
 # ----- State and step -------------------------------------------------------------------------------------
 
-def make_batch(args, step, latents, labels, mean, std, num_classes):
-    """What a step reads: this rank's data, noise, times and labels, drawn for the global batch from (seed,
-    step).
+def make_batch(args, step, latents, y, mean, std, null):
+    """What a step reads: this rank's data, noise, times and conditions, drawn for the global batch from
+    (seed, step).
 
-    latents (b, 2, d, h, w), an image's and its mirror image's, which half of them are with --mirror; labels
-    (b,)."""
+    latents (b, 2, d, h, w), an image's and its mirror image's, which half of them are with --mirror;
+    y: labels (b,) or texts' features (b, text_dim); null: what some of them become."""
     generator, B = data.step_generator(args.seed, step, latents.device), args.batch_size
     drawn = dict(generator=generator, device=latents.device)
     normals, (is_mirrored, is_dropped) = torch.randn(B, **drawn), torch.rand(2, B, **drawn)
@@ -492,9 +559,10 @@ def make_batch(args, step, latents, labels, mean, std, num_classes):
     normals, is_mirrored, is_dropped = (data.own_share(x) for x in (normals, is_mirrored, is_dropped))
     is_mirrored = is_mirrored < (0.5 if args.mirror else 0.0)
     latents = torch.where(is_mirrored.view(-1, 1, 1, 1), latents[:, 1], latents[:, 0])
+    is_dropped = (is_dropped < args.label_dropout).view(-1, *[1] * null.ndim)
     return dict(latents=(latents.float() - mean) / std, noise=noise[rank()::world_size()],
                 t=draw_timesteps(normals, args.mu, args.sigma),
-                labels=torch.where(is_dropped < args.label_dropout, num_classes, labels))
+                y=torch.where(is_dropped, null, y.to(null.dtype)))
 
 
 class FlowMatching(nn.Module):
@@ -506,7 +574,7 @@ class FlowMatching(nn.Module):
     def forward(self, batch):
         x_t, target = flow_path(batch["latents"], batch["noise"], batch["t"])
         with torch.autocast(x_t.device.type, torch.bfloat16, enabled=self.bf16):
-            velocity = self.model(x_t, batch["t"], batch["labels"])
+            velocity = self.model(x_t, batch["t"], batch["y"])
         return flow_loss(velocity, target)
 
 
@@ -530,8 +598,8 @@ def build_state(args, cache, device):
     """Model, its average and optimizer; the same weights on every rank."""
     torch.manual_seed(args.seed)
     d, h, _ = cache.latent_shape
-    sizes = dict(**DIT_SIZES[args.model], input_size=h, in_channels=d, num_classes=cache.num_classes,
-                 use_qk_norm=args.qk_norm)
+    sizes = dict(**DIT_SIZES[args.model], input_size=h, in_channels=d, use_qk_norm=args.qk_norm,
+                 text_dim=cache.text_dim, num_classes=cache.num_classes if cache.text_dim is None else None)
     model, ema = DiT(**sizes).to(device), DiT(**sizes).to(device).requires_grad_(False)
     ema.load_state_dict(model.state_dict())
     if device.type == "cuda" if args.compile is None else args.compile:
@@ -576,28 +644,30 @@ def train(args, device):
     if not tokenizer.config.train_reconstruction:
         raise ValueError(f"--tokenizer {args.tokenizer} has no decoder: its latents could not be shown")
     size = args.image_size or tokenizer.config.image_size
+    texts = evaluate.Texts(args, device) if args.condition == "text" else None
     source = data.open_source(args.data, size, "train", args.train_size, args.classnames, args.label,
-                              needs_caption=False)
-    cache = open_cache(args, tokenizer, source, device)
+                              needs_caption=texts is not None, hold_out_pairs=args.hold_out_pairs)
+    cache = open_cache(args, tokenizer, source, device, texts)
     stats = evaluate.read_latent_stats(args.latents_stats) if args.latents_stats else (cache.mean, cache.std)
     stats = tuple(x.to(device) for x in stats)
     mean, std = stats
     state = build_state(args, cache, device)
     n_steps, checkpoint = args.samples // args.batch_size, os.path.join(args.out, "checkpoint.pt")
     step, flops_per_step, _ = load_checkpoint(checkpoint, state, device) if args.resume else (0, 0, None)
-    what = f"{len(cache)} latents of {cache.num_classes} classes"
+    what = f"{len(cache)} latents of {f'{cache.num_classes} classes' if texts is None else 'texts'}"
+    shown = None if texts is None else texts_to_show(args, source, texts)
     log = Log(args, state.model, what, step, n_steps, flops_per_step)
     if rank() == 0:
         write_stats(os.path.join(args.out, "latents_stats.pt"), mean, std)
     run_step = CapturedStep(lambda batch: train_step(state, batch), device.type == "cuda" and args.cuda_graph)
-    eval_every = args.eval_every or math.ceil(n_steps / 4)
+    eval_every, null = args.eval_every or math.ceil(n_steps / 4), state.model.null(device)
 
     with Saving(checkpoint, args.checkpoint_every or eval_every) as saving:
         while step < n_steps and not saving.stop:
             with log.timing("data"):
-                latents, labels = cache.batch(step, args.batch_size, args.seed)
-            latents, labels = (x.to(device, non_blocking=True) for x in (latents, labels))
-            batch = make_batch(args, step, latents, labels, mean, std, cache.num_classes)
+                latents, y = cache.batch(step, args.batch_size, args.seed)
+            latents, y = (x.to(device, non_blocking=True) for x in (latents, y))
+            batch = make_batch(args, step, latents, y, mean, std, null)
             lr = set_lr(state, step, n_steps)
             if not log.flops_per_step:
                 log.flops_per_step = count_flops(lambda: state.objective(batch).backward())
@@ -611,7 +681,7 @@ def train(args, device):
             with log.timing("pause"):
                 if rank() == 0 and (step % eval_every == 0 or is_last):
                     picture = evaluate.sample_picture(state.ema, tokenizer, stats, cache.class_names,
-                                                      args.seed, **sampling_options(args))
+                                                      args.seed, texts=shown, **sampling_options(args))
                     evaluate.save_image(picture, os.path.join(args.out, f"samples_{step:07d}.png"))
                 if saving.is_due(step, is_logged, is_last):
                     save_checkpoint(saving, state, step, is_last, log.flops_per_step)
@@ -623,6 +693,14 @@ def train(args, device):
         log.write("eval", step, judge_samples(state, tokenizer, stats, source, cache, device))
     if rank() == 0:
         print(f"done: samples_{n_steps:07d}.png, checkpoint.pt ('ema' loads in LightningDiT) in {args.out}")
+
+
+def texts_to_show(args, source, texts, n=8):
+    """Captions for pictures, of held-out scenes where the set is the built-in one, and their features."""
+    if args.data is None:
+        source = data.open_source(None, 8, "val")
+    captions = data.load_evaluation_set(source, n, whole=True)[1]
+    return captions, texts(captions)
 
 
 def judge_samples(state, tokenizer, stats, source, cache, device):
@@ -644,7 +722,8 @@ def judge_samples(state, tokenizer, stats, source, cache, device):
 # ----- Generating a set of images -------------------------------------------------------------------------
 
 def generate_set(args, device):
-    """--sample: images 0 to N - 1 as PNGs, by all ranks; batches that are there stay. Then the .npz."""
+    """--sample: images 0 to N - 1 as PNGs, by all ranks; batches that are there stay. Then the .npz, and of
+    texts a picture beside it."""
     is_npz, run = args.out.endswith(".npz"), args.checkpoint
     folder = args.out + ".partial" if is_npz else args.out
     model = DiT.from_lightningdit(run if os.path.isfile(run) else os.path.join(run, "checkpoint.pt"))
@@ -654,7 +733,14 @@ def generate_set(args, device):
         raise ValueError(f"--tokenizer {args.tokenizer} has latents of {d} channels, but --checkpoint draws "
                          f"{model.in_channels}")
     stats = evaluate.read_latent_stats(args.latents_stats or os.path.join(run, "latents_stats.pt"))
-    of_set = by_first_rank(lambda: open_set(args, folder, model, stats))
+    prompts, features = [], None
+    if args.condition == "text":
+        texts, prompts = evaluate.Texts(args, device), read_prompts(args)
+        if texts.dim != model.text_dim:
+            raise ValueError(f"{args.text_from or args.tokenizer} has features of {texts.dim} numbers, but "
+                             f"--checkpoint reads {model.text_dim}: name its own, --text_from")
+        features = texts(prompts)
+    of_set = by_first_rank(lambda: open_set(args, folder, model, stats, features))
     if of_set is None:
         return print(f"{args.sample} images are in {args.out} already") if rank() == 0 else None
     stats = tuple(x.to(device) for x in stats)
@@ -666,17 +752,23 @@ def generate_set(args, device):
         if all(os.path.exists(paths[i]) for i in indices):
             continue
         # What a killed call has begun is made anew as a whole: batches of another size round otherwise.
-        noise, labels = noise_and_labels(indices, args.seed, model.latent_shape, model.num_classes)
-        images = evaluate.to_uint8(generate(model, tokenizer, stats, noise, labels, **sampling_options(args)))
+        noise, y = noise_and_labels(indices, args.seed, model.latent_shape, model.num_classes or len(prompts))
+        if prompts:
+            y = features[torch.tensor(indices) % len(prompts)]
+        images = evaluate.to_uint8(generate(model, tokenizer, stats, noise, y, **sampling_options(args)))
         images = map(Image.fromarray, images.permute(0, 2, 3, 1).cpu().numpy())
         list(writers.map(evaluate.save_image, images, [paths[i] for i in indices]))
     bar.close()
     barrier()
     if rank() == 0:
+        if prompts:
+            beside = args.out.rstrip("/").removesuffix(".npz") + ".png"
+            evaluate.save_image(evaluate.prompts_picture(prompts, paths), beside)
         if is_npz:
             images = np.stack([np.asarray(Image.open(path)) for path in paths])
-            _, labels = noise_and_labels(range(args.sample), args.seed, model.latent_shape, model.num_classes)
-            content = dict(arr_0=images, arr_1=labels.numpy(), made_with=of_set)
+            y = np.arange(args.sample) % len(prompts) if prompts else noise_and_labels(
+                range(args.sample), args.seed, model.latent_shape, model.num_classes)[1].numpy()
+            content = dict(arr_0=images, arr_1=y, made_with=of_set)
             whole = os.path.join(folder, "whole.npz")       # here, what a kill leaves of it is swept
             write_atomically(whole, lambda f: np.savez(f, **content), images.nbytes)
             os.replace(whole, args.out)
@@ -684,11 +776,11 @@ def generate_set(args, device):
         print(f"{args.sample} images in {args.out}")
 
 
-def open_set(args, folder, model, stats):
+def open_set(args, folder, model, stats, features=None):
     """A new folder for images, or one that was begun with the same weights and settings; else ValueError.
     -> what the .npz says of these and of its size; None: it is there already, and is of just these."""
     digest = hashlib.sha256()
-    for tensor in (*model.state_dict().values(), *stats):
+    for tensor in (*model.state_dict().values(), *stats, *([] if features is None else [features])):
         digest.update(tensor.cpu().contiguous().numpy())
     tokenizer = evaluate.file_digest(find_checkpoint(args.tokenizer))
     made_with = dict(model=digest.hexdigest()[:16], tokenizer=tokenizer, seed=args.seed,

@@ -91,6 +91,7 @@ def make_parser():
     option("--classnames", None, "a file with a class name on each line, in the order of the labels",
            absolute)
     option("--train_size", 65536, "scenes in the built-in set", count)
+    flag("--hold_out_pairs", "leave scenes with 10 of the 120 pairs of shape and colour out of it")
     # A crop of a canvas of the image's own size is enlarged, and the decoder learns to blur: of white noise
     # it has half of the power that the image has in the highest quarter of frequencies, one cut out of a
     # larger canvas all of it (of images whose side is a power of 2 times the image size, 0.7).
@@ -710,7 +711,8 @@ def open_data(args, config):
     """-> training source, text tokenizer, and this rank's held-out and gallery samples, or None for both."""
     needs_caption, size = args.lambda_clip > 0, config.image_size
     canvas = args.canvas or (size if args.data is None else math.ceil(5 / 4 * size))
-    common = dict(classnames=args.classnames, label=args.label, needs_caption=needs_caption)
+    common = dict(classnames=args.classnames, label=args.label, needs_caption=needs_caption,
+                  hold_out_pairs=args.hold_out_pairs)
     tokenize = None
     if needs_caption:
         tokenize = first_on_node(lambda: data.make_tokenizer(config.text_vocab_size, args.bpe))

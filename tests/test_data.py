@@ -62,6 +62,48 @@ def test_captions_are_true_short_and_varied_and_labels_balanced():
     assert counts.min() > 400 - 5 * 19 and counts.max() < 400 + 5 * 19
 
 
+def test_what_captions_say_of_the_attributes_is_what_their_words_say():
+    source = data.BuiltinSource(1000, 8)
+    shown, said = source.attributes()
+    assert ((said == shown) | (said == -1)).all() and (said[:, :2] == shown[:, :2]).all()
+    for caption, scene, of_caption in zip(source.captions, shown, said):
+        words = caption.replace(",", "").split()
+        assert data.SHAPES[scene[0]] in words and data.COLOUR_NAMES[scene[1]] in words
+        _, _, size, place, background = of_caption
+        if scene[2] >= 0:       # one object alone
+            assert (size >= 0) == any(word in words for word in data.SIZE_WORDS[scene[2]])
+            assert (place >= 0) == any(phrase in caption for phrase in data.PLACE_WORDS[scene[3]])
+        else:
+            assert size == place == -1
+        # the object's colour is said once, so is that of a second one; a third or second word is the ground's
+        n_colours = sum(word in data.COLOUR_NAMES for word in words)
+        assert (background >= 0) == (n_colours == 2 + (scene[2] < 0))
+        assert background == -1 or data.COLOUR_NAMES[background] in words
+    assert ((said >= 0).mean(axis=0) > 0.2).all()
+
+
+def test_pairs_that_are_held_out_are_in_no_training_scene_and_all_else_is():
+    source, whole = data.BuiltinSource(3000, 8, hold_out_pairs=True), data.BuiltinSource(3600, 8)
+    p = data.draw_parameters(source.indices, "train")
+    pairs = set(zip(p["shape"], p["colour"])) | {(s, c) for s, c, two in zip(p["shape2"], p["colour2"],
+                                                                             p["pair"]) if two}
+    assert not pairs & set(data.HELD_OUT_PAIRS) and len(pairs) == 110 and len(source) == 3000
+    for i in range(0, 3000, 500):
+        assert source.captions[i] == whole.captions[source.indices[i]]
+    for values, n in ((p["shape"], 10), (p["colour"], 12)):       # each is still there, and on its own
+        assert np.bincount(values, minlength=n).min() > 0.7 * 3000 / n
+    held_out = data.BuiltinSource(500, 8, "val", hold_out_pairs=True)
+    assert held_out.captions == data.BuiltinSource(500, 8, "val").captions
+    assert source.fingerprint() != data.BuiltinSource(3000, 8).fingerprint()
+
+
+def test_a_text_that_is_false_of_the_mirror_image_is_known_by_its_words():
+    for text in ("at the bottom left", "a cat on the RIGHT", "left-handed", "to the leftmost one"):
+        assert data.names_a_side(text)
+    for text in ("a bright star", "the cleft", "above a heart", "", "frightened"):
+        assert not data.names_a_side(text)
+
+
 def test_pixels_do_not_give_the_shape_away():
     from evaluate import linear_probe
     x, _, y = render_scenes(np.arange(3000), "train")

@@ -5,6 +5,7 @@ import math
 import os
 import re
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -364,6 +365,33 @@ def test_skipping_the_interval_equals_computing_and_discarding(released, monkeyp
     torch.testing.assert_close(skipped, discarded, **FP32)
 
 
+def test_a_texts_feature_is_a_condition_and_zeros_are_the_null():
+    model, y = lively(num_classes=None, text_dim=8), torch.nn.functional.normalize(torch.randn(3, 8), dim=-1)
+    embedder = model.y_embedder
+    assert torch.equal(embedder(torch.zeros(2, 8)), embedder.null.expand(2, -1))
+    torch.testing.assert_close(embedder(y), embedder.mlp(y * 8 ** 0.5), **FP32)
+    assert torch.equal(model.null(), torch.zeros(8)) and lively().null() == 5
+    embedder(torch.cat((y, torch.zeros(1, 8)))).sum().backward()
+    assert torch.equal(embedder.null.grad, torch.ones(32))          # of the one text that is none
+    y, x, times = y[[2, 0, 2, 1]], torch.randn(4, 6, 4, 4), time_grid(5, 0.3)
+    with torch.no_grad():
+        plain = x.clone()
+        for a, b in zip(times, times[1:]):
+            t = torch.full((4,), a, dtype=torch.float32)
+            plain = plain + (b - a) * guide(model(plain, t, y), model(plain, t, torch.zeros_like(y)), 2.5)
+    torch.testing.assert_close(sample(model, x, y, 5, "euler", 0.3, 2.5), plain, **FP32)
+
+
+def test_a_checkpoint_says_what_its_dit_draws(tmp_path):
+    for sizes in (dict(num_classes=7), dict(num_classes=None, text_dim=8)):
+        model = lively(**sizes)
+        torch.save({"ema": model.state_dict()}, tmp_path / "c.pt")
+        again = DiT.from_lightningdit(str(tmp_path / "c.pt"))
+        assert (again.num_classes, again.text_dim) == (model.num_classes, model.text_dim)
+        before, after = model.state_dict(), again.state_dict()
+        assert all(torch.equal(after[name], weight) for name, weight in before.items())
+
+
 def test_an_images_noise_and_label_are_its_own():
     """Whatever else is generated with it, by whom and in which order."""
     noise, labels = noise_and_labels(range(40), 3, (2, 4, 4), 10)
@@ -408,6 +436,10 @@ def tars(folder, n=20):
     return str(folder / "{0,1,2}.tar")
 
 
+def text_tower(micro_model):
+    return evaluate.Texts(SimpleNamespace(text_from=None, tokenizer=micro_model, bpe=None), CPU)
+
+
 def write_cache(folder, source, model, **options):
     encode = lambda images: train_dit.encode(model, CPU, images)
     made_of = dict(data=source.fingerprint(), tokenizer="a")
@@ -439,6 +471,42 @@ def test_cached_latents_are_fresh_ones(micro_model, tmp_path, monkeypatch):
     torch.testing.assert_close(stats["std"], std, atol=1e-3, rtol=1e-2)
     torch.testing.assert_close(cache.mean, mean, atol=1e-3, rtol=1e-2)
     assert torch.equal(cache.mean, stats["mean"]) and torch.equal(cache.std, stats["std"])
+
+
+def test_a_cache_of_texts_has_their_features_and_no_false_mirror_images(micro_model, tmp_path, monkeypatch):
+    model, texts = VTP.from_pretrained(micro_model), text_tower(micro_model)
+    source = data.BuiltinSource(40, 64)
+    monkeypatch.setattr(train_dit, "SHARD_ROWS", 16)
+    cache, _ = write_cache(tmp_path / "c", source, model, texts=texts)
+    plain, _ = write_cache(tmp_path / "p", source, model)
+    assert cache.text_dim == 32 and plain.text_dim is None
+    rows = np.array([39, 0, 17, 16])
+    fresh = model.encode_text(data.word_tokenizer([source.captions[i] for i in rows], 20))
+    torch.testing.assert_close(cache.conditions_at(rows).float(), fresh, rtol=2 ** -8, atol=1e-5)   # in bf16
+    assert cache.conditions_at(rows).shape == (4, 32) and plain.conditions_at(rows).dtype == torch.int64
+    latents, of_plain = (x.latents_at(np.arange(40)) for x in (cache, plain))
+    has_side = torch.tensor([data.names_a_side(text) for text in source.captions])
+    assert 3 < has_side.sum() < 30
+    assert torch.equal(latents[:, 0], of_plain[:, 0])
+    assert torch.equal(latents[has_side, 1], latents[has_side, 0])
+    assert torch.equal(latents[~has_side, 1], of_plain[~has_side, 1])
+    # a lost part is made anew, features and all; a cut one is seen
+    whole = (tmp_path / "c" / "00001.bin").read_bytes()
+    assert len(whole) == 16 * (2 * 2 * 16 * 16 + 8 + 2 * 32)
+    for broken in (None, whole[:-1]):
+        (tmp_path / "c" / "00001.bin").unlink()
+        if broken:
+            (tmp_path / "c" / "00001.bin").write_bytes(broken)
+        write_cache(tmp_path / "c", source, model, texts=texts)
+        assert (tmp_path / "c" / "00001.bin").read_bytes() == whole
+
+
+def test_a_cache_of_texts_takes_images_without_a_class_but_none_without_a_caption(micro_model, tmp_path):
+    write_tar(tmp_path / "t.tar", [tar_sample(i, cls=None, txt=b" " if i == 2 else b"a") for i in range(6)])
+    source = data.open_source(str(tmp_path / "t.tar"), 64)
+    cache, skipped = write_cache(tmp_path / "c", source, VTP.from_pretrained(micro_model), max_skipped=0.5,
+                                 texts=text_tower(micro_model))
+    assert skipped == {"no caption": 1} and cache.rows.tolist() == [0, 1, 3, 4, 5]
 
 
 def test_a_cache_of_tars_leaves_out_what_is_broken_and_says_so(micro_model, tmp_path):
@@ -490,11 +558,11 @@ def test_a_disk_without_room_for_the_latents_is_an_error_before_any_work(micro_m
 WRITE_CACHE = """
 import sys; sys.path[:0] = [{root!r}, {here!r}]
 import data, losses
-from test_dit import write_cache
+from test_dit import text_tower, write_cache
 from vtp import VTP
 losses.init_distributed()
 source, model = data.open_source({pattern!r}, 64), VTP.from_pretrained({model!r})
-write_cache(sys.argv[1], source, model, n_workers=int(sys.argv[2]))
+write_cache(sys.argv[1], source, model, n_workers=int(sys.argv[2]), texts=text_tower({model!r}))
 losses.leave_distributed()
 """
 
@@ -509,6 +577,8 @@ def test_two_ranks_write_the_cache_of_one(micro_model, tmp_path):
     assert np.array_equal(one.labels, two.labels) and (two.slices, len(two.parts)) == (2, 6)
     a, b = (cache.latents_at(np.arange(len(one.labels))).float() for cache in (one, two))
     assert_close_but_for_roundings(a, b, stored=True)     # in batches of another size
+    a, b = (cache.conditions_at(cache.rows).float() for cache in (one, two))
+    torch.testing.assert_close(a, b, rtol=2 ** -7, atol=1e-5)       # stored in bf16
 
 
 def test_a_stale_cache_is_an_error_that_names_what_differs(micro_model, tmp_path):
@@ -584,7 +654,7 @@ def setting(micro_model, finished, *more, device="cpu"):
 
     def make_batch(step):
         latents, labels = (x.to(device) for x in cache.batch(step, args.batch_size, 0))
-        return train_dit.make_batch(args, step, latents, labels, mean, std, 10)
+        return train_dit.make_batch(args, step, latents, labels, mean, std, state.model.null(device))
     return args, state, make_batch
 
 
@@ -764,18 +834,17 @@ def test_the_batch_is_the_global_draw(micro_model, finished):
     latents = torch.stack((torch.zeros(64, 3, 2, 2), torch.ones(64, 3, 2, 2)), dim=1)
     labels = torch.arange(64) % 10
     mean, std = torch.full((1, 3, 1, 1), 2.0), torch.full((1, 3, 1, 1), 4.0)
-    batch = train_dit.make_batch(args, 5, latents, labels, mean, std, 10)
+    batch = train_dit.make_batch(args, 5, latents, labels, mean, std, torch.tensor(10))
     # (0 - 2) / 4 and (1 - 2) / 4: either image
     assert sorted(set(batch["latents"].flatten().tolist())) == [-0.5, -0.25]
     assert (batch["latents"].flatten(1).std(dim=1) == 0).all()
-    is_dropped = batch["labels"] == 10
+    is_dropped = batch["y"] == 10
     assert 16 <= is_dropped.sum() <= 48                     # 4 standard deviations
-    is_kept = batch["labels"] < 10
-    assert torch.equal(batch["labels"][is_kept], labels[is_kept])
+    assert torch.equal(batch["y"][~is_dropped], labels[~is_dropped])
     assert abs(batch["noise"].mean()) < 0.2                 # 768 draws: 5 standard errors
     assert 0 < batch["t"].min() and batch["t"].max() < 1
     args.mirror = micro_args(micro_model, finished).mirror      # the built-in set is not mirrored
-    batch = train_dit.make_batch(args, 5, latents, labels, mean, std, 10)
+    batch = train_dit.make_batch(args, 5, latents, labels, mean, std, torch.tensor(10))
     assert (batch["latents"] == -0.5).all()
 
 
@@ -823,6 +892,84 @@ def test_qk_norm_trains_and_comes_back(micro_model, finished, tmp_path):
     train_dit.save_checkpoint(train_dit.Saving(path, 1), state, 4, False, 0)
     again = DiT.from_lightningdit(path).state_dict()
     assert all(torch.equal(again[k], v) for k, v in state.ema.state_dict().items())
+
+
+@pytest.fixture(scope="module")
+def from_text(micro_model, tmp_path_factory):
+    """A run of 12 steps on texts, its cache beside it."""
+    out = tmp_path_factory.mktemp("text") / "one"
+    run(micro_model, out, "--condition", "text")
+    return out
+
+
+def test_a_run_on_texts_resumes_bit_for_bit_and_is_that_of_two_ranks(micro_model, from_text, tmp_path):
+    assert {"checkpoint.pt", "samples_0000012.png"} <= set(os.listdir(from_text))
+    out, script = from_text.parent / "stopped", tmp_path / "killed.py"
+    script.write_text(KILLED.format(root=ROOT))
+    arguments = ["--tokenizer", micro_model, "--cache", from_text.parent / "cache", "--out", out, *FAST,
+                 "--condition", "text"]
+    assert run_script([script, *arguments], check=False).returncode == 3
+    run_script(["train_dit.py", "--out", out, "--resume"])
+    assert losses_of(out) == losses_of(from_text)
+    one, two = checkpoint(from_text)["ema"], checkpoint(out)["ema"]
+    assert one["y_embedder.null"].abs().sum() > 0 and all(torch.equal(one[k], two[k]) for k in one)
+    run(micro_model, from_text.parent / "two", "--condition", "text", n_ranks=2)
+    # as with classes
+    np.testing.assert_allclose(losses_of(from_text.parent / "two"), losses_of(from_text), rtol=1e-3)
+
+
+def test_dropped_texts_are_the_null_and_others_stay(micro_model, from_text):
+    more = ["--batch_size", "64", "--label_dropout", "0.5", "--samples", "640"]
+    args = micro_args(micro_model, from_text, *more)
+    y = torch.nn.functional.normalize(torch.randn(64, 32), dim=-1).bfloat16()
+    batch = train_dit.make_batch(args, 5, torch.zeros(64, 2, 3, 2, 2), y, 0, 1, torch.zeros(32))
+    is_null = (batch["y"] == 0).all(dim=1)
+    assert 16 <= is_null.sum() <= 48 and batch["y"].dtype == torch.float32
+    assert torch.equal(batch["y"][~is_null], y[~is_null].float())
+
+
+def test_prompts_become_images_with_a_picture_of_both(micro_model, from_text, tmp_path, capsys):
+    lively_run = tmp_path / "run"        # after 12 steps a text changes next to nothing
+    shutil.copytree(from_text, lively_run)
+    content = checkpoint(from_text)
+    for name, weight in content["ema"].items():
+        if name.startswith(("y_embedder", "final_layer")) or "adaLN" in name:
+            torch.nn.init.normal_(weight, std=0.3)
+    torch.save(content, lively_run / "checkpoint.pt")
+    from_text, prompts = lively_run, ["a red star", "", "два зелёных круга " * 20]
+    common = ["--prompt", *prompts]
+    sample_into(tmp_path / "a", from_text, *common, n=7)
+    assert len(list((tmp_path / "a").glob("*.png"))) == 7
+    picture = Image.open(tmp_path / "a.png")
+    assert picture.height == 3 * 66 - 2 and picture.width > 3 * 66      # 7 images of 64 px, 3 in a row
+    # alone: what a prompt gives is its own, but for how a batch's sums and the 8 bits round
+    (tmp_path / "p.txt").write_text("\n".join(prompts[:1]))
+    sample_into(tmp_path / "b", from_text, "--prompt", str(tmp_path / "p.txt"), n=4)
+    a, b = (np.asarray(Image.open(tmp_path / name / "000003.png")).astype(int) for name in "ab")
+    assert np.abs(a - b).max() <= 1
+    c = np.asarray(Image.open(tmp_path / "b" / "000002.png")).astype(int)
+    # number 2 has another prompt there
+    assert np.abs(c - np.asarray(Image.open(tmp_path / "a" / "000002.png"))).max() > 10
+    sample_into(tmp_path / "a", from_text, *common, n=7)        # again: of the same making
+    with pytest.raises(SystemExit):
+        sample_into(tmp_path / "a", from_text, "--prompt", "a blue star", n=7)
+    assert "another model" in capsys.readouterr().err
+    sample_into(tmp_path / "s.npz", from_text, *common, n=4)
+    assert np.load(tmp_path / "s.npz")["arr_1"].tolist() == [0, 1, 2, 0] and (tmp_path / "s.png").exists()
+
+
+def test_prompts_belong_to_texts(micro_model, finished, from_text, tmp_path, capsys):
+    for run_folder, more in ((finished, ["--prompt", "a star"]), (from_text, [])):
+        with pytest.raises(SystemExit):
+            sample_into(tmp_path / "a", run_folder, *more)
+        assert "--prompt belongs to --sample of a DiT that draws texts" in capsys.readouterr().err
+    VTP(micro_config(train_clip=False)).save_pretrained(str(tmp_path / "blind"))
+    arguments = ["--tokenizer", str(tmp_path / "blind"), "--condition", "text", "--out", str(tmp_path / "o")]
+    with pytest.raises(SystemExit):
+        train_dit.read_settings(arguments)
+    assert "blind has no text tower" in capsys.readouterr().err
+    args = train_dit.read_settings([*arguments, "--text_from", micro_model])
+    assert (args.text_from, args.cache) == (micro_model, str(tmp_path / "blind" / "latents_text"))
 
 
 @pytest.mark.parametrize("wrong, message", [

@@ -979,9 +979,9 @@ def test_the_judge_is_measured_on_images_that_it_has_not_learned_from(monkeypatc
     images[32:] = 200      # the last fifth
     real, seen = evaluate.judge_view, []
 
-    def view(canvases, generator):
+    def view(canvases, generator, move):
         seen.append(canvases.unique().tolist())
-        return real(canvases, generator)
+        return real(canvases, generator, move)
     monkeypatch.setattr(evaluate, "judge_view", view)
     monkeypatch.setattr(evaluate.Judge, "LAYERS", ((8, 5, 2), (8, 3, 4)))
     monkeypatch.setattr(evaluate.Judge, "classify", lambda self, pixels: (pixels[:, 0, 0, 0] > 0.5).long())
@@ -989,6 +989,35 @@ def test_the_judge_is_measured_on_images_that_it_has_not_learned_from(monkeypatc
     judge = evaluate.train_judge(images, labels, 2, torch.device("cpu"), n_steps=3, batch_size=8)
     assert seen == [[60]] * 3 and judge.accuracy == 6 / 8
     assert not judge.training and not any(p.requires_grad for p in judge.parameters())
+
+
+def test_a_judge_of_several_questions_learns_each_where_it_has_an_answer_and_moves_nothing():
+    """Brightness and side: of the first every third is not answered, of the second every second one."""
+    torch.manual_seed(0)
+    labels = torch.randint(2, (200, 2))
+    images = torch.where(labels[:, 0] == 1, 180, 70).view(-1, 1, 1, 1).repeat(1, 3, 64, 64).byte()
+    for image, (_, side) in zip(images, labels):
+        image[:, 20:40, 40 * side:40 * side + 20] = 255
+    answers = labels.clone()
+    answers[::3, 0], answers[::2, 1] = -1, -1
+    judge = evaluate.train_judge(images, answers, (2, 2), torch.device("cpu"), n_steps=40, batch_size=16)
+    assert judge.accuracy > 0.9
+    found = judge.classify(images / 255)
+    assert found.shape == (200, 2) and (found == labels).float().mean(dim=0).min() > 0.9
+
+
+def test_figures_of_texts_are_shares_of_what_captions_say():
+    features = dict(
+        shown_features=torch.eye(4), text_features=torch.eye(4)[[0, 1, 3, 2]], caption_ids=torch.arange(4),
+        said=torch.tensor([[0, 1, -1, 3, -1], [2, 2, 0, -1, 5], [1, 1, -1, -1, 5], [3, 0, 2, -1, -1]]),
+        answers=torch.tensor([[0, 1, 1, 3, 0], [2, 0, 0, 0, 5], [1, 1, 0, 0, 4], [0, 0, 2, 0, 0]]),
+        is_held_out=torch.tensor([False, True, False, True]))
+    row = evaluate.text_figures(features)
+    expected = dict(shape=0.75, colour=0.75, size=1.0, place=1.0, background=0.5, shape_and_colour=1.0,
+                    held_out_pairs=0.0)
+    assert {k: row[k] for k in expected} == expected
+    assert row["image_to_text"] == row["text_to_image"] == 0.5 and row["retrieval_chance"] == 0.25
+    assert "shape" not in evaluate.text_figures({k: features[k] for k in list(features)[:3]})
 
 
 def test_the_judge_is_trained_once_for_a_set_and_its_classes(tmp_path, monkeypatch):
@@ -1181,7 +1210,7 @@ def test_further_judges_and_guidances_give_figures_of_their_own_and_change_no_ot
     assert both["gfid_judge1"] not in (both["gfid"], both["gfid_guidance1"], other["gfid"])
 
 
-def quick_judge(images, labels, n_classes, device, seed=0):
+def quick_judge(images, labels, n_classes, device, seed=0, **_):
     """A judge that has learned nothing, another for each seed."""
     torch.manual_seed(seed)
     judge = evaluate.Judge(n_classes).eval()
@@ -1337,6 +1366,57 @@ def test_two_ranks_measure_the_same(evaluated):
             assert two[name] == pytest.approx(value, rel=1e-3), name
         elif "chance" in name or not isinstance(value, float):      # counts and names
             assert two[name] == value, name
+
+
+@pytest.fixture(scope="module")
+def of_texts(evaluated):
+    """A DiT of texts on the tokenizer of `evaluated`, and judges of classes and attributes."""
+    source, sizes = data.BuiltinSource(48, 64), tuple(map(len, data.ATTRIBUTES.values()))
+    run_script(["train_dit.py", "--condition", "text", "--tokenizer", evaluated / "tok",
+                "--out", evaluated / "text", "--samples", "32", "--batch_size", "8", "--train_size", "48",
+                "--steps", "4", "--precision", "fp32"])
+    shutil.copy(evaluated / "tok" / "latents" / "judge.pt", evaluated / "tok" / "latents_text")
+    judge = evaluate.Judge(sizes)
+    of_set = f"{source.fingerprint()} {sizes} classes"
+    torch.save(dict(judge=judge.state_dict(), accuracy=0.5, fingerprint=of_set),
+               evaluated / "tok" / "latents_text" / "judge_attributes.pt")
+    run_script([evaluated / "in_fp32.py", evaluated / "text", "--tokenizer", evaluated / "tok", "--dit",
+                evaluated / "text", *SMALL, "--out", evaluated / "text" / "figures"])
+    return evaluated / "text"
+
+
+def test_a_dit_of_texts_is_measured_on_the_held_out_captions(of_texts, capsys):
+    row = results(of_texts / "figures")
+    names = {*data.ATTRIBUTES, "shape_and_colour", "image_to_text", "text_to_image", "retrieval_chance"}
+    assert {f"{kind}_{name}" for kind in ("drawn", "real_drawn") for name in names} <= row.keys()
+    assert {"gfid", "sample_accuracy"} <= row.keys() and "sample_zero_shot" not in row
+    assert "drawn_shape" in evaluate.table(row) and "real images" in evaluate.table(row)
+    picture = Image.open(of_texts / "figures" / "samples.png")
+    assert picture.height == 8 * 66 - 2
+    # the real images are held-out scene 0, 1, ... in the order of the set, each with its own caption
+    fake, real = torch.load(of_texts / "collected0", weights_only=True)[-2:]
+    source = data.BuiltinSource(2048, 64, "val")
+    order = data.permutation(0, 0, 2048)[:11]
+    assert torch.equal(real["said"], torch.from_numpy(source.attributes()[1][order]))
+    assert torch.equal(real["labels"], torch.from_numpy(source.labels[order]))
+    tower = VTP.from_pretrained(str(of_texts.parent / "tok"))
+    text = tower.encode_text(word_tokenizer([source.captions[i] for i in order], 20))
+    torch.testing.assert_close(real["text_features"], text, **FP32)
+    assert all(torch.equal(fake[k], real[k]) for k in ("said", "labels", "caption_ids", "text_features"))
+
+
+def test_two_ranks_measure_the_same_of_texts(of_texts, evaluated, tmp_path):
+    run_script([evaluated / "in_fp32.py", tmp_path, "--tokenizer", evaluated / "tok", "--dit", of_texts,
+                *SMALL, "--n_samples", "31", "--out", tmp_path], n_ranks=2)
+    one = torch.load(of_texts / "collected0", weights_only=True)
+    two = torch.load(tmp_path / "collected1", weights_only=True)
+    # 11 samples there, 31 here, of 23 captions: the last ones begin anew
+    for name in ("said", "labels", "caption_ids"):
+        assert torch.equal(two[-2][name][:11], one[-2][name])
+        assert torch.equal(two[-2][name][23:], two[-2][name][:8])
+        assert torch.equal(two[-1][name], two[-2][name][:23])
+    assert len(two[-2]["answers"]) == 31 and len(two[-1]["answers"]) == 23
+    torch.testing.assert_close(two[-1]["shown_features"][:11], one[-1]["shown_features"], **FP32)
 
 
 def test_samples_own_images_and_plots(evaluated):
