@@ -134,17 +134,22 @@ class BuiltinSource:
     def __len__(self):
         return len(self.images)
 
-    def fingerprint(self):
+    def fingerprint(self, with_captions=False):
         return digest_of("built-in", len(self), zlib.crc32(self.images[:64]), zlib.crc32(self.labels))
 
     def attributes(self):
-        """What scenes show, and what of it their captions say: two int64 (N, 5), see ATTRIBUTES."""
+        """What scenes show, as numbers in ATTRIBUTES: int64 (N, 5), -1 where there is no answer."""
         p = draw_parameters(self.indices, self.split)
         shown = np.stack([p["shape"], p["colour"], p["size"], p["place"], p["backdrop"]], axis=1)
         # of two objects the main one makes room for the other, whose place is given
         shown[p["pair"], 2:4] = -1
-        is_said = np.stack([write_caption(p, i, with_said=True)[1] for i in range(len(self))])
-        return shown, np.where(is_said, shown, -1)
+        return shown
+
+    def attributes_said(self):
+        """The same where captions say it, else -1."""
+        p = draw_parameters(self.indices, self.split)
+        is_said = np.stack([write_caption(p, i)[1] for i in range(len(self))])
+        return np.where(is_said, self.attributes(), -1)
 
     def load(self, index, draft, rng):
         return self.images[index], self.captions[index], int(self.labels[index])
@@ -172,9 +177,14 @@ class FolderSource:
     def __len__(self):
         return len(self.files)
 
-    def fingerprint(self):
+    def fingerprint(self, with_captions=False):
         start, states = len(os.path.join(self.name, "")), file_states(path for path, _ in self.files)
-        return digest_of("folder", *(f"{p[start:]} {label} {x}" for (p, label), x in zip(self.files, states)))
+        files = [f"{p[start:]} {label} {x}" for (p, label), x in zip(self.files, states)]
+        if with_captions:
+            sidecars = [Path(path).with_suffix(".txt") for path, _ in self.files]
+            sidecars = [path for path in sidecars if path.is_file()]
+            files += [*self.class_names, *map(str, sidecars), *file_states(sidecars)]
+        return digest_of("folder", *files)
 
     def load(self, index, draft, rng):
         path, label = self.files[index]
@@ -194,7 +204,7 @@ class TarSource:
         self.shuffle_buffer, self.needs_caption, self.squash = shuffle_buffer, needs_caption, squash
         self.name = f"{len(paths)} tars, {os.path.basename(paths[0])} ..."
 
-    def fingerprint(self):
+    def fingerprint(self, with_captions=False):
         names = (os.path.basename(path) for path in self.paths)
         return digest_of("tars", self.label, self.class_names, *names, *file_states(self.paths))
 
@@ -1026,9 +1036,9 @@ def has_held_out_pair(p, either=False):
     return of("") | (of("2") & p["pair"] if either else False)
 
 
-def write_caption(p, i, with_said=False):
-    """A true phrase: always the main object's colour and shape, the rest at times.
-    with_said: with which of ATTRIBUTES it says, 5 bools."""
+def write_caption(p, i):
+    """A true phrase, always of the main object's colour and shape, of the rest at times -> it, and which of
+    ATTRIBUTES it says, 5 bools."""
     u = iter(p["wording"][i].tolist())
     def pick(words, share=1):  # one of the words, or nothing
         word = words[int(next(u) * len(words))] if words else ""
@@ -1056,7 +1066,7 @@ def write_caption(p, i, with_said=False):
             _, _, _, size, on, _, at = details
             is_alone = not p["pair"][i]
             said = (True, True, is_alone and size != "", is_alone and at != "", on != "")
-            return (caption, said) if with_said else caption
+            return caption, said
         details[k] = ""  # say less
 
 
@@ -1064,4 +1074,4 @@ def render_scenes(indices, split, size=64, seed=0):
     """Scenes number indices (N,) of split -> images uint8 (N, 3, size, size), captions, labels int64 (N,).
     Labels are positions in SHAPES. A scene depends on (seed, split, index); size is just its sharpness."""
     p = draw_parameters(indices, split, seed)
-    return draw_images(p, size), [write_caption(p, i) for i in range(len(p["shape"]))], p["shape"]
+    return draw_images(p, size), [write_caption(p, i)[0] for i in range(len(p["shape"]))], p["shape"]

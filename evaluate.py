@@ -558,7 +558,7 @@ def open_judge(path, source, n_classes, device, seed=0, most=16384):
             canvases, _, labels = load_evaluation_set(source, most, whole=True)
             canvases, labels = canvases[labels >= 0], labels[labels >= 0]
         else:
-            canvases, labels = (torch.from_numpy(x[:most]) for x in (source.images, source.attributes()[0]))
+            canvases, labels = (torch.from_numpy(x[:most]) for x in (source.images, source.attributes()))
         images = [(to_image_size(part, Judge.SIDE) * 255).round().byte() for part in canvases.split(256)]
         options = {} if is_of_classes else dict(n_steps=600)
         judge = train_judge(torch.cat(images), labels, n_classes, device, seed, **options)
@@ -627,6 +627,11 @@ def fid_features(network, images):
     return dict(zip(names, network(images.float() / 255)))
 
 
+def caption_ids(captions):
+    """A number for each caption, the same for the same text: int64 (n,)."""
+    return torch.tensor([int(hashlib.sha256(text.encode()).hexdigest()[:14], 16) for text in captions])
+
+
 @dataclass
 class Subject:
     """A tokenizer and what it is measured with; figures of what is None are left out."""
@@ -663,8 +668,7 @@ class Subject:
                 text = model.encode_text(tokens, normalize=False)
                 features["text_features"] = F.normalize(text.float(), dim=-1)
                 features["image_features"] = F.normalize(model.project_image(cls, patches).float(), dim=-1)
-                ids = [int(hashlib.sha256(caption.encode()).hexdigest()[:14], 16) for caption in captions]
-                features["caption_ids"] = torch.tensor(ids)
+                features["caption_ids"] = caption_ids(captions)
         if config.train_reconstruction and self.network:  # both in 8 bits, truncated (the authors)
             for name, images in (("real", canvases), ("rec", to_uint8(rebuilt))):
                 features.update({f"{name}_{k}": x for k, x in fid_features(self.network, images).items()})
@@ -770,18 +774,41 @@ def read_latent_stats(path):
     return stats["mean"].float(), stats["std"].float()
 
 
-class Texts:
-    """The text tower of --text_from, or of --tokenizer: called with n texts, it gives features (n, dim)."""
-    def __init__(self, args, device):
-        self.folder = first_on_node(lambda: find_checkpoint(args.text_from or args.tokenizer))
-        self.model, self.device = VTP.from_pretrained(self.folder).to(device).eval(), device
+class TextTower:
+    """The text tower of a tokenizer, a folder or hub id (model: its VTP, if it is loaded already). Called
+    with n texts it gives what a DiT reads of them, (n, L, dim) on the CPU: first the text's feature, with a
+    mean square of 1, then its words', padded with zeros."""
+    def __init__(self, where, device, bpe=None, model=None):
+        self.where, self.folder = where, first_on_node(lambda: find_checkpoint(where))
+        self.model, self.device = model or VTP.from_pretrained(self.folder).to(device).eval(), device
         config = self.model.config
-        self.dim, self.length = config.text_embed_dim, config.text_context_length
-        self.tokenize = first_on_node(lambda: data.make_tokenizer(config.text_vocab_size, args.bpe))
+        if not config.train_clip:
+            raise ValueError(f"{where} has no text tower: take that of another tokenizer, --text_from")
+        self.shape = (config.text_context_length, config.text_embed_dim)
+        self.tokenize = first_on_node(lambda: data.make_tokenizer(config.text_vocab_size, bpe))
+
+    def __call__(self, texts, batch_size=256):
+        tokens = self.tokenize(texts, self.shape[0])
+        return torch.cat([self.encode(part.to(self.device)).cpu() for part in tokens.split(batch_size)])
 
     @torch.no_grad()
-    def __call__(self, texts):
-        return self.model.encode_text(self.tokenize(texts, self.length).to(self.device)).cpu()
+    def encode(self, tokens):
+        x = self.model.ln_final(self.model.encode_tokens(tokens))
+        end = tokens.argmax(dim=1, keepdim=True)
+        whole = x.gather(1, end[:, None].expand(-1, 1, x.shape[-1])) @ self.model.text_projection
+        is_padding = torch.arange(x.shape[1], device=self.device) > end
+        words = x.masked_fill(is_padding[..., None], 0.0)[:, 1:]        # all but the start
+        return torch.cat((F.normalize(whole, dim=-1) * self.shape[1] ** 0.5, words), dim=1)
+
+    def digest(self):
+        """A fingerprint of its weights."""
+        return file_digest(self.folder)
+
+    def check(self, dit):
+        """ValueError if a DiT cannot read what it gives."""
+        if dit.text_dim != self.shape[1]:
+            raise ValueError(f"the text tower of {self.where} gives {self.shape[1]} numbers a word, the DiT "
+                             f"reads {dit.text_dim}: name the one that it was trained with, --text_from")
 
 
 def sample_picture(model, tokenizer, stats, class_names, seed, per_class=8, most_classes=12, texts=None,
@@ -850,7 +877,9 @@ def stacked_rows(batches, per_row):
 def named_rows(images, names):
     """Rows of images (n, 3, H, W) in [0, 1] -> Pillow image with a name before each row."""
     grid, font = image_grid(list(images)), ImageFont.load_default(13)
-    names = [textwrap.fill(name, 34) for name in names]
+    lines_that_fit = max(1, grid.height // len(names) // 17)
+    wrap = textwrap.TextWrapper(34, max_lines=lines_that_fit, placeholder=" ...")
+    names = [wrap.fill(name) for name in names]
     width = int(max(font.getlength(line) for name in names for line in name.split("\n"))) + 12
     sheet = Image.new("RGB", (width + grid.width, grid.height), "white")
     sheet.paste(grid, (width, 0))
@@ -1379,8 +1408,9 @@ def make_parser():
     option("--templates", "a file of zero-shot templates, a line each; default: a few of ours")
     group.add_argument("--squash", action="store_true", help="zero-shot on images that are squashed to the "
                        "size, as the authors do; default: on those of the other figures, a centre crop")
-    option("--train_size", "scenes in the built-in set", type=int)
+    option("--train_size", "scenes in the built-in set, all pairs among them", type=int)
     option("--bpe", "path of CLIP's vocabulary")
+    option("--text_from", "of a DiT of texts, the tokenizer with its text tower; default: as it was trained")
     option("--image_size", "side in pixels; default: the tokenizer's own", type=int)
     option("--n_val", "held-out images (paper: 50,000)", 2048, int)
     option("--n_train", "training images", 8192, int)
@@ -1413,7 +1443,8 @@ def recorded_arguments(run):
     arguments = read_json(path).get("arguments")
     if not isinstance(arguments, dict):
         raise ValueError(f"{path} holds no arguments of a run")
-    for name in ("tokenizer", "data", "val_data", "classnames", "bpe", "cache", "latents_stats", "init"):
+    for name in ("tokenizer", "data", "val_data", "classnames", "bpe", "cache", "latents_stats", "init",
+                 "condition", "text_from"):
         if not isinstance(arguments.get(name), (str, type(None))):
             raise ValueError(f"{path} is broken: {name} is no path but {arguments[name]!r:.80}")
     return arguments
@@ -1471,13 +1502,17 @@ def read_settings(argv=None):
     defaults = {name: of_dit.get(name) for name in (*SAMPLING, "precision")}
     defaults |= {name: of_data.get(name) for name in ("data", "val_data", "classnames")}
     defaults |= dict(
-        condition=of_dit.get("condition", "class"), text_from=of_dit.get("text_from"),
+        condition=of_dit.get("condition", "class"),
+        text_from=of_dit.get("text_from") or of_dit.get("tokenizer"),
         label=of_data.get("label", "cls"), bpe=of_tokenizer.get("bpe") or of_dit.get("bpe"),
         train_size=of_dit.get("train_size") or of_tokenizer.get("train_size") or 8192,
         fid_features="judge" if is_built_in else "inception",
         lpips="none" if is_built_in or args.samples else "auto",
         judge=os.path.join(of_dit.get("cache") or args.out, "judge.pt"))
     defaults["guidance"] = [defaults["guidance"] or 1.0]
+    # pairs are new to a DiT if nothing that it was made with has seen them
+    of_tower = recorded_arguments(args.text_from or defaults["text_from"])
+    args.hold_out_pairs = all(run.get("hold_out_pairs") for run in (of_dit, of_tokenizer, of_tower))
     for name, value in defaults.items():
         if getattr(args, name, None) is None:
             setattr(args, name, value)
@@ -1590,38 +1625,46 @@ class Captions:
     """What a DiT of texts is measured on: this rank's share of held-out samples, whose captions all ranks
     draw. Of the built-in set a judge of its ATTRIBUTES says what an image shows of them."""
     def __init__(self, args, device, source, val_source, held_out):
-        self.canvases, self.texts, labels = held_out
-        self.tower, self.device, self.judge, W = Texts(args, device), device, None, world_size()
-        ids = [int(hashlib.sha256(text.encode()).hexdigest()[:14], 16) for text in self.texts]
-        self.own = dict(text_features=self.tower(self.texts), caption_ids=torch.tensor(ids), labels=labels)
+        self.canvases, texts, labels = held_out
+        self.tower, self.device, self.judge = TextTower(args.text_from, device, args.bpe), device, None
+        own = dict(labels=labels, caption_ids=caption_ids(texts))
         if args.data is None:
             path, sizes = "_attributes".join(os.path.splitext(args.judge)), map(len, data.ATTRIBUTES.values())
             self.judge = open_judge(path, source, tuple(sizes), device)
-            order = permutation(0, 0, len(val_source))[rank()::W][:len(labels)]     # as load_evaluation_set's
-            said = torch.from_numpy(val_source.attributes()[1][order])
-            is_held_out = (said[:, None, :2] == torch.tensor(data.HELD_OUT_PAIRS)).all(dim=2).any(dim=1)
-            self.own |= dict(said=said, is_held_out=is_held_out)
-        self.numbers = range(rank(), rank() + W * len(labels), W)
-        self.all = collect(self.numbers, lambda numbers: {k: x[[n // W for n in numbers]]
-                                                          for k, x in self.own.items()})
+            order = permutation(0, 0, len(val_source))      # as load_evaluation_set has it
+            order = order[rank()::world_size()][:len(texts)]
+            own["said"] = torch.from_numpy(val_source.attributes_said()[order])
+            if args.hold_out_pairs:
+                p = data.draw_parameters(val_source.indices[order], "val")
+                own["is_held_out"] = torch.from_numpy(data.has_held_out_pair(p))
+        self.numbers = range(rank(), rank() + world_size() * len(texts), world_size())
+        self.all = collect(self.numbers, lambda numbers: {k: x[self.rows(numbers)] for k, x in own.items()})
+        self.texts = [text for _, text in sorted(sum(gather_objects(list(zip(self.numbers, texts))), []))]
+
+    def rows(self, numbers):
+        """Where samples of these numbers are in this rank's share."""
+        return [number // world_size() for number in numbers]
 
     def of(self, numbers):
-        """What the images of these numbers should show, which begin anew where captions end."""
-        return {k: x[[n % len(x) for n in numbers]] for k, x in self.all.items()}
+        """What images of these numbers should show, by name, and y, what a DiT reads of it. Numbers behind
+        the last caption begin anew."""
+        numbers = [number % len(self.texts) for number in numbers]
+        y = self.tower([self.texts[number] for number in numbers])
+        wanted = {k: x[numbers] for k, x in self.all.items()}
+        return {**wanted, "text_features": F.normalize(y[:, 0], dim=-1)}, y
 
     @torch.no_grad()
     def shown(self, images):
-        """What uint8 images (b, 3, H, W) show."""
+        """What uint8 images (b, 3, H, W) show, by name."""
         images, size = images.to(self.device), self.tower.model.config.image_size
         features = self.tower.model.encode_image(normalize(to_image_size(images, size))).float()
-        return dict(shown_features=features,
-                    **({} if self.judge is None else dict(answers=self.judge.classify(images.float() / 255))))
+        answers = {} if self.judge is None else dict(answers=self.judge.classify(images.float() / 255))
+        return dict(shown_features=features, **answers)
 
     def of_real_images(self, n, batch_size):
         """Both, of the captions' own images, the first n of them, over all ranks."""
         def compute(numbers):
-            rows = [number // world_size() for number in numbers]
-            return {k: x[rows] for k, x in self.own.items()} | self.shown(self.canvases[rows])
+            return self.of(numbers)[0] | self.shown(self.canvases[self.rows(numbers)])
         return collect([number for number in self.numbers if number < n], compute, batch_size)
 
 
@@ -1629,16 +1672,15 @@ def text_figures(features):
     """Figures of what Captions says that images should show and show: do images find their caption among all,
     and captions their image, by the towers of --text_from; how many show what their caption says of each
     attribute, and both shape and colour, by pairs that --hold_out_pairs leaves in and those that it leaves
-    out."""
+    out. A figure of which there is no case is left out."""
     row = retrieval(features["shown_features"], features["text_features"], features["caption_ids"].tolist())
     if "answers" in features:
-        said, is_held_out = features["said"], features["is_held_out"]
-        right = (features["answers"] == said).float()
-        for k, name in enumerate(data.ATTRIBUTES):
-            row[name] = right[said[:, k] >= 0, k].mean().item()
-        both = right[:, 0] * right[:, 1]
-        row.update(shape_and_colour=both[~is_held_out].mean().item(),
-                   held_out_pairs=both[is_held_out].mean().item())
+        right, is_said = features["answers"] == features["said"], features["said"] >= 0
+        cases = {name: right[is_said[:, k], k] for k, name in enumerate(data.ATTRIBUTES)}
+        both = right[:, :2].all(dim=1)
+        is_held_out = features.get("is_held_out", torch.zeros_like(both))
+        cases |= dict(shape_and_colour=both[~is_held_out], held_out_pairs=both[is_held_out])
+        row.update({name: case.float().mean().item() for name, case in cases.items() if len(case)})
     return row
 
 
@@ -1648,6 +1690,8 @@ def measure_dit(args, subject, train, device, captions=None):
     captions: of a DiT of texts; then figures of text_figures, drawn_ before them, and real_drawn_ those of
     the captions' own images."""
     model, stats = open_dit(args.dit, device)
+    if captions is not None:
+        captions.tower.check(model)
     tokenizer, network, row = subject.model, subject.network, {}
     sampling = {name: getattr(args, name) for name in SAMPLING if getattr(args, name) is not None}
     sampling["bf16"] = args.precision != "fp32"
@@ -1656,8 +1700,8 @@ def measure_dit(args, subject, train, device, captions=None):
         noise, labels = noise_and_labels(numbers, args.seed, model.latent_shape, model.num_classes or 1)
         y = labels
         if captions is not None:
-            wanted = captions.of(numbers)
-            y, labels = wanted["text_features"], wanted["labels"]
+            wanted, y = captions.of(numbers)
+            labels = wanted["labels"]
         images = to_uint8(generate(model, tokenizer, stats, noise, y, **sampling))
         features = dict(subject.sample_features(images), labels=labels)
         if captions is not None:
@@ -1677,8 +1721,9 @@ def measure_dit(args, subject, train, device, captions=None):
             figures = compare_samples(part(fake), part(train))
             if isinstance(network, Judge):
                 right = fake[f"logits{of_network}"].argmax(dim=1) == fake["labels"]
-                right = right[fake["labels"] >= 0]
-                figures.update(sample_accuracy=right.float().mean().item(), real_accuracy=network.accuracy)
+                right = right[fake["labels"] >= 0].float()
+                figures.update(real_accuracy=network.accuracy)
+                figures.update(dict(sample_accuracy=right.mean().item()) if len(right) else {})
             if of_network == "" and "image_features" in fake:
                 by_text = zero_shot(tokenizer, fake["image_features"], fake["labels"], subject.class_names,
                                     subject.templates, subject.tokenize)
@@ -1691,7 +1736,7 @@ def measure_dit(args, subject, train, device, captions=None):
     if captions is not None:
         real = text_figures(captions.of_real_images(args.n_samples, args.batch_size))
         row.update({f"real_drawn_{k}": x for k, x in real.items()})
-        shown = captions.texts[:8], captions.own["text_features"][:8]
+        shown = captions.texts[:8], captions.of(range(8))[1]
     if rank() == 0:
         sampling["guidance"] = args.guidance[0]
         picture = sample_picture(model, tokenizer, stats, subject.class_names, args.seed, texts=shown,
@@ -1746,7 +1791,7 @@ def conditions(name, row):
     if name == "inception_score":
         return f"{network}; {row['n_samples']:,} samples"
     if name.startswith("drawn_"):
-        return f"real images {row['real_' + name]:.4g}"
+        return f"real images {row.get('real_' + name, math.nan):.4g}"
     against = f"{row.get('n_references', 0):,} reference images"
     if name in ("gfid", "sfid") and row["reference_moments"]:
         against = "the moments in --reference, with the resizing of whoever made them"

@@ -8,7 +8,7 @@ On any machine, a few minutes, on the tokenizer and the data of `python train_to
     python train_dit.py --sample 8 --checkpoint runs/text --out runs/stars --prompt "a red star on blue"
 
 The paper's run: the released VTP-L, ImageNet, 8 GPUs. Latents are cached first (1.28M images, twice, 84 GB in
-bf16):
+bf16; a text for each, 77 tokens of 768 numbers, would take 151 GB more):
     torchrun --nproc_per_node=8 train_dit.py --tokenizer MiniMaxAI/VTP-Large-f16d64 --data imagenet/train \\
         --model XL/1 --mu -0.75 --sigma 1.0 --out runs/dit-xl
 
@@ -19,7 +19,7 @@ on:
 
 Go on after a stop, bit for bit: the same command with --resume (or just --out FOLDER --resume). Ctrl-C and
 SIGTERM stop a run after its step, with a checkpoint. The folder gets run.json, metrics.jsonl, checkpoint.pt
-(loads in LightningDiT: {'ema': ...}), latents_stats.pt and samples_*.png.
+(of classes, it loads in LightningDiT: {'ema': ...}), latents_stats.pt and samples_*.png.
 """
 import argparse
 import contextlib
@@ -84,8 +84,8 @@ def make_parser():
     option("--bpe", None, "path of CLIP's bpe_simple_vocab_16e6.txt.gz; default: fetched once", absolute)
 
     section("training")
-    option("--condition", "class", "what the DiT draws: a class, or a text, by the feature that the text "
-           "tower of --text_from has of it", choices=("class", "text"))
+    option("--condition", "class", "what the DiT draws: a class, or a text, by what the text tower of "
+           "--text_from makes of it", choices=("class", "text"))
     option("--text_from", None, "a tokenizer with a text tower, if it is another than --tokenizer",
            folder_or_name)
     option("--model", "tiny", f"size: {', '.join(DIT_SIZES)}", choices=DIT_SIZES)
@@ -165,6 +165,8 @@ def read_settings(argv=None):
     if (args.prompt is not None) != (args.sample is not None and args.condition == "text"):
         raise ValueError("--prompt belongs to --sample of a DiT that draws texts (--condition text), which "
                          "needs it")
+    if args.prompt is not None:
+        args.prompt = read_prompts(args.prompt)
     return args
 
 
@@ -175,6 +177,12 @@ def check_training(args):
     if args.batch_size % world_size() or args.batch_size > args.samples:
         raise ValueError(f"--batch_size {args.batch_size}: must be a multiple of {world_size()}, the number "
                          f"of ranks, and at most --samples {args.samples}")
+    if args.condition == "text" and args.eval_samples:
+        raise ValueError("--eval_samples asks a judge for the class; evaluate.py measures a DiT of texts")
+    if args.condition == "class" and args.text_from:
+        raise ValueError("--text_from belongs to --condition text")
+    if args.hold_out_pairs and args.data is not None:
+        raise ValueError("--hold_out_pairs is of the built-in set, not of --data")
     if args.cache is None:
         is_local = os.path.isdir(args.tokenizer)
         folder = args.tokenizer if is_local else os.path.join("runs", args.tokenizer.replace("/", "--"))
@@ -208,15 +216,19 @@ def follow_run(args):
             raise ValueError(f"--checkpoint {args.checkpoint} is no run of train_dit.py: it lacks {name}")
         setattr(args, name, recorded[name] if getattr(args, name) is None else getattr(args, name))
     args.condition = recorded.get("condition", "class")
-    args.text_from, args.bpe = (getattr(args, k) or recorded.get(k) for k in ("text_from", "bpe"))
+    # with another --tokenizer, which decodes, texts are still read by the run's own
+    args.text_from = args.text_from or recorded.get("text_from") or recorded["tokenizer"]
+    args.bpe = args.bpe or recorded.get("bpe")
 
 
-def read_prompts(args):
-    """--prompt -> a list of texts."""
-    if len(args.prompt) == 1 and os.path.isfile(args.prompt[0]):
-        with open(args.prompt[0], encoding="utf-8") as f:
-            return [line.strip() for line in f if line.strip()] or [""]
-    return args.prompt
+def read_prompts(prompts):
+    """--prompt, texts or a file of them -> a list of texts. ValueError if there is none."""
+    if len(prompts) == 1 and os.path.isfile(prompts[0]):
+        with open(prompts[0], encoding="utf-8") as f:
+            prompts = [line.strip() for line in f if line.strip()]
+    if not prompts:
+        raise ValueError("--prompt: no text in that file")
+    return prompts
 
 
 def sampling_options(args):
@@ -227,7 +239,7 @@ def sampling_options(args):
 # ----- The latents, once: each image and its mirror image -------------------------------------------------
 #   00000.bin ...     parts, each written by one rank and all at once: (rows, 2, d, h, w) bfloat16, [i, 1]
 #                     mirrored (but not where the text says left or right), then a label int64 for each row,
-#                     -1: it has none, -2: it cannot be used; of texts also their features (rows, text_dim)
+#                     -1: it has none, -2: it cannot be used; of texts also their features (rows, L, text_dim)
 #   cache.json        sizes of shards, slices of each, shape, class names, and of what the latents were made
 #   latents_stats.pt  {'mean', 'std'} of shape (1, d, 1, 1), the form of the authors' files; written last
 # A shard is a tar, or SHARD_ROWS images of a folder. Part k has every slices-th row of shard k // slices from
@@ -237,28 +249,28 @@ SHARD_ROWS = 1024
 NO_LABEL, UNUSABLE = -1, -2
 
 
-def open_cache(args, tokenizer, source, device, texts=None):
-    """The latents of a source in --cache, with texts given its captions' features -> LatentCache."""
+def open_cache(args, tokenizer, source, device, tower=None):
+    """The latents of a source in --cache, with a TextTower what it makes of captions -> LatentCache."""
     size = args.image_size or tokenizer.config.image_size
     side = size // tokenizer.config.vision_patch_size
     shape = (tokenizer.config.vision_feature_bottleneck, side, side)
     workers = data.default_workers(args.data) if args.workers is None else args.workers
     made_of = by_first_rank(lambda: dict(tokenizer=evaluate.file_digest(find_checkpoint(args.tokenizer)),
-                                         data=source.fingerprint(), settings=f"{size} px",
-                                         **({} if texts is None else {"text tower":
-                                             evaluate.file_digest(texts.folder)})))
+                                         data=source.fingerprint(with_captions=tower is not None),
+                                         settings=f"{size} px",
+                                         **({} if tower is None else {"text tower": tower.digest()})))
     encode_images = functools.partial(encode, tokenizer, device)
     return complete_cache(args.cache, source, encode_images, shape, made_of, args.max_skipped, workers,
-                          texts)[0]
+                          tower)[0]
 
 
-def complete_cache(folder, source, encode, latent_shape, made_of, max_skipped=0.1, n_workers=0, texts=None):
+def complete_cache(folder, source, encode, latent_shape, made_of, max_skipped=0.1, n_workers=0, tower=None):
     """What is missing of the cache in folder, or broken, is encoded now, by all ranks -> LatentCache,
     {reason: samples skipped now}.
     encode: uint8 (b, 3, C, C) on the host -> latents (b, *latent_shape). made_of: what they are made of.
-    texts: see evaluate.Texts; None: captions are left out.
+    tower: a TextTower; None: captions are left out.
     ValueError: the folder's are of something else. UserError: more than the share max_skipped cannot be used,
-    or no sample has a class. OSError: the disk has no room for all."""
+    or of classes no sample has one. OSError: the disk has no room for all."""
     if not by_first_rank(lambda: is_complete(folder)):
         by_first_rank(lambda: claim_folder(folder))
     about = by_first_rank(lambda: read_about(folder))
@@ -267,13 +279,13 @@ def complete_cache(folder, source, encode, latent_shape, made_of, max_skipped=0.
         is_tars, n_readers = isinstance(source, data.TarSource), max(n_workers, 1) * world_size()
         about = dict(sizes=sizes, slices=math.ceil(n_readers / len(sizes)) if is_tars else 1,
                      shape=latent_shape, class_names=source.class_names, made_of=made_of)
-        if texts is not None:
-            about["text_dim"] = texts.dim
+        if tower is not None:
+            about["text_shape"] = tower.shape
         by_first_rank(lambda: begin_cache(folder, about))
-    if differs := [k for k, v in made_of.items() if about["made_of"].get(k) != v]:
+    if differs := [k for k in {**made_of, **about["made_of"]} if about["made_of"].get(k) != made_of.get(k)]:
         raise ValueError(f"the latents in {folder} were made with another {' and '.join(differs)}: "
                          "choose another --cache, or delete that folder")
-    skipped = encode_parts(folder, about, missing_parts(folder, about), source, encode, n_workers, texts)
+    skipped = encode_parts(folder, about, missing_parts(folder, about), source, encode, n_workers, tower)
     by_first_rank(lambda: is_complete(folder) or finish_cache(folder, source, max_skipped, skipped))
     by_first_rank(lambda: release_folder(folder))
     return LatentCache(folder), skipped
@@ -290,7 +302,7 @@ def read_about(folder):
     try:
         found = evaluate.read_json(os.path.join(folder, "cache.json"))
         about = {k: found[k] for k in ("sizes", "slices", "shape", "class_names", "made_of")}
-        about |= {k: found[k] for k in ("text_dim",) if k in found}
+        about |= {k: found[k] for k in ("text_shape",) if k in found}
         return about if found["digest"] == data.digest_of(json.dumps(about)) else None
     except (ValueError, KeyError, FileNotFoundError):
         return None
@@ -332,7 +344,7 @@ def row_bytes(about):
 
 def part_bytes(about, n_rows):
     """Bytes of n_rows: latents, labels, features of texts."""
-    return n_rows * (row_bytes(about) + 8 + 2 * about.get("text_dim", 0))
+    return n_rows * (row_bytes(about) + 8 + 2 * math.prod(about.get("text_shape", [0])))
 
 
 def missing_parts(folder, about):
@@ -343,7 +355,7 @@ def missing_parts(folder, about):
     return [k for k in range(len(about["sizes"]) * about["slices"]) if not is_whole(k)]
 
 
-def encode_parts(folder, about, parts, source, encode, n_workers, texts=None, batch_size=256):
+def encode_parts(folder, about, parts, source, encode, n_workers, tower=None, batch_size=256):
     """Write parts of a cache, by all ranks -> {reason: samples skipped}; see complete_cache."""
     parts = gather_objects(parts)[0]            # as rank 0 sees them: others may write already
     if not parts:
@@ -362,8 +374,8 @@ def encode_parts(folder, about, parts, source, encode, n_workers, texts=None, ba
         skipped.update(reasons)
         if len(places):
             pair = torch.stack((encode(images), encode(images.flip(-1))), dim=1)        # (b, 2, d, h, w)
-            if texts is not None:
-                features = texts(captions).bfloat16().view(torch.int16).numpy()
+            if tower is not None:
+                texts = tower(captions).bfloat16().view(torch.int16).numpy()
                 has_side = torch.tensor([data.names_a_side(caption) for caption in captions])
                 pair[has_side, 1] = pair[has_side, 0]
             pair = pair.cpu().bfloat16().view(torch.int16).numpy()                # NumPy has no bfloat16
@@ -375,8 +387,8 @@ def encode_parts(folder, about, parts, source, encode, n_workers, texts=None, ba
                 file.seek(index * row_bytes(about))
                 file.write(pair[i].tobytes())
                 of_part[index] = labels[i]
-                if texts is not None:
-                    texts_of_part[index] = features[i]
+                if tower is not None:
+                    texts_of_part[index] = texts[i]
             for k in finished:      # it may have had no usable sample
                 finish_part(folder, about, k, *unfinished.pop(k, None) or begin_part(folder, about, k))
         except OSError as error:
@@ -393,7 +405,7 @@ def encode_parts(folder, about, parts, source, encode, n_workers, texts=None, ba
 def begin_part(folder, about, k):
     """A temporary file for part k, and labels and texts' features for its rows."""
     file, n_rows = open(f"{part_path(folder, k)}.{os.getpid()}.tmp", "wb"), part_rows(about, k)
-    return file, np.full(n_rows, UNUSABLE), np.zeros((n_rows, about.get("text_dim", 0)), np.int16)
+    return file, np.full(n_rows, UNUSABLE), np.zeros((n_rows, *about.get("text_shape", [0])), np.int16)
 
 
 def finish_part(folder, about, k, file, labels, features):
@@ -471,7 +483,7 @@ def finish_cache(folder, source, max_skipped, skipped):
                         f"than the share of {max_skipped} that --max_skipped allows: {skipped or ''}")
     if not len(cache):
         raise UserError(f"no sample of {source.name} has a class, which this model needs: class folders, "
-                        ".cls files, or --label" if cache.text_dim is None else
+                        ".cls files, or --label" if cache.text_shape is None else
                         f"no sample of {source.name} can be used")
     some = cache.rows[np.linspace(0, len(cache) - 1, min(len(cache), 10_000)).astype(np.int64)]
     x = cache.latents_at(some)[:, 0].double()
@@ -490,7 +502,7 @@ class LatentCache:
         about = read_about(folder)
         self.slices, self.latent_shape = about["slices"], tuple(about["shape"])
         self.starts, self.class_names = np.cumsum([0, *about["sizes"]]), about["class_names"]
-        self.text_dim = about.get("text_dim")
+        self.text_shape = about.get("text_shape")
         self.parts, self.texts, self.labels = [], [], np.empty(self.starts[-1], np.int64)
         for k in range(len(about["sizes"]) * self.slices):
             n_rows, (shard, first) = part_rows(about, k), divmod(k, self.slices)
@@ -499,11 +511,12 @@ class LatentCache:
             of_shard = self.labels[self.starts[shard]:self.starts[shard + 1]]
             start = n_rows * row_bytes(about)
             of_shard[first::self.slices] = np.fromfile(path, np.int64, n_rows, offset=start)
-            if self.text_dim is not None and n_rows:
-                self.texts.append(np.memmap(path, np.int16, "r", start + 8 * n_rows, (n_rows, self.text_dim)))
+            if self.text_shape is not None and n_rows:
+                shape = (n_rows, *self.text_shape)
+                self.texts.append(np.memmap(path, np.int16, "r", start + 8 * n_rows, shape))
             else:
                 self.texts.append(None)
-        self.rows = np.flatnonzero(self.labels > (NO_LABEL if self.text_dim is None else UNUSABLE))
+        self.rows = np.flatnonzero(self.labels > (NO_LABEL if self.text_shape is None else UNUSABLE))
         self.num_classes = max(int(self.labels.max(initial=-1)) + 1, len(self.class_names or ()))
         stats = os.path.join(folder, "latents_stats.pt")
         self.mean, self.std = evaluate.read_latent_stats(stats) if os.path.isfile(stats) else (None, None)
@@ -517,8 +530,8 @@ class LatentCache:
         return self.found_in(self.parts, rows)
 
     def conditions_at(self, rows):
-        """What a DiT draws of rows (b,): labels int64 (b,), or texts' features bfloat16 (b, text_dim)."""
-        if self.text_dim is None:
+        """What a DiT draws of rows (b,): labels int64 (b,), or texts bfloat16 (b, L, text_dim)."""
+        if self.text_shape is None:
             return torch.from_numpy(self.labels[rows])
         return self.found_in(self.texts, rows)
 
@@ -551,7 +564,7 @@ def make_batch(args, step, latents, y, mean, std, null):
     (seed, step).
 
     latents (b, 2, d, h, w), an image's and its mirror image's, which half of them are with --mirror;
-    y: labels (b,) or texts' features (b, text_dim); null: what some of them become."""
+    y: labels (b,) or texts (b, L, text_dim); null: the number that some of them become."""
     generator, B = data.step_generator(args.seed, step, latents.device), args.batch_size
     drawn = dict(generator=generator, device=latents.device)
     normals, (is_mirrored, is_dropped) = torch.randn(B, **drawn), torch.rand(2, B, **drawn)
@@ -559,10 +572,10 @@ def make_batch(args, step, latents, y, mean, std, null):
     normals, is_mirrored, is_dropped = (data.own_share(x) for x in (normals, is_mirrored, is_dropped))
     is_mirrored = is_mirrored < (0.5 if args.mirror else 0.0)
     latents = torch.where(is_mirrored.view(-1, 1, 1, 1), latents[:, 1], latents[:, 0])
-    is_dropped = (is_dropped < args.label_dropout).view(-1, *[1] * null.ndim)
+    is_dropped = (is_dropped < args.label_dropout).view(-1, *[1] * (y.ndim - 1))
     return dict(latents=(latents.float() - mean) / std, noise=noise[rank()::world_size()],
                 t=draw_timesteps(normals, args.mu, args.sigma),
-                y=torch.where(is_dropped, null, y.to(null.dtype)))
+                y=torch.where(is_dropped, null, y if y.ndim == 1 else y.float()))
 
 
 class FlowMatching(nn.Module):
@@ -598,8 +611,10 @@ def build_state(args, cache, device):
     """Model, its average and optimizer; the same weights on every rank."""
     torch.manual_seed(args.seed)
     d, h, _ = cache.latent_shape
-    sizes = dict(**DIT_SIZES[args.model], input_size=h, in_channels=d, use_qk_norm=args.qk_norm,
-                 text_dim=cache.text_dim, num_classes=cache.num_classes if cache.text_dim is None else None)
+    condition = dict(num_classes=cache.num_classes)
+    if cache.text_shape is not None:
+        condition = dict(text_dim=cache.text_shape[-1])
+    sizes = dict(**DIT_SIZES[args.model], input_size=h, in_channels=d, use_qk_norm=args.qk_norm, **condition)
     model, ema = DiT(**sizes).to(device), DiT(**sizes).to(device).requires_grad_(False)
     ema.load_state_dict(model.state_dict())
     if device.type == "cuda" if args.compile is None else args.compile:
@@ -644,30 +659,34 @@ def train(args, device):
     if not tokenizer.config.train_reconstruction:
         raise ValueError(f"--tokenizer {args.tokenizer} has no decoder: its latents could not be shown")
     size = args.image_size or tokenizer.config.image_size
-    texts = evaluate.Texts(args, device) if args.condition == "text" else None
+    tower = None
+    if args.condition == "text":
+        where = args.text_from or args.tokenizer
+        tower = evaluate.TextTower(where, device, args.bpe, None if args.text_from else tokenizer)
     source = data.open_source(args.data, size, "train", args.train_size, args.classnames, args.label,
-                              needs_caption=texts is not None, hold_out_pairs=args.hold_out_pairs)
-    cache = open_cache(args, tokenizer, source, device, texts)
+                              needs_caption=tower is not None, hold_out_pairs=args.hold_out_pairs)
+    cache = open_cache(args, tokenizer, source, device, tower)
     stats = evaluate.read_latent_stats(args.latents_stats) if args.latents_stats else (cache.mean, cache.std)
     stats = tuple(x.to(device) for x in stats)
     mean, std = stats
     state = build_state(args, cache, device)
     n_steps, checkpoint = args.samples // args.batch_size, os.path.join(args.out, "checkpoint.pt")
     step, flops_per_step, _ = load_checkpoint(checkpoint, state, device) if args.resume else (0, 0, None)
-    what = f"{len(cache)} latents of {f'{cache.num_classes} classes' if texts is None else 'texts'}"
-    shown = None if texts is None else texts_to_show(args, source, texts)
+    what = f"{len(cache)} latents of {f'{cache.num_classes} classes' if tower is None else 'texts'}"
+    shown = None if tower is None else texts_to_show(args, source, tower)
+    tower = None        # its memory is free
     log = Log(args, state.model, what, step, n_steps, flops_per_step)
     if rank() == 0:
         write_stats(os.path.join(args.out, "latents_stats.pt"), mean, std)
     run_step = CapturedStep(lambda batch: train_step(state, batch), device.type == "cuda" and args.cuda_graph)
-    eval_every, null = args.eval_every or math.ceil(n_steps / 4), state.model.null(device)
+    eval_every = args.eval_every or math.ceil(n_steps / 4)
 
     with Saving(checkpoint, args.checkpoint_every or eval_every) as saving:
         while step < n_steps and not saving.stop:
             with log.timing("data"):
                 latents, y = cache.batch(step, args.batch_size, args.seed)
             latents, y = (x.to(device, non_blocking=True) for x in (latents, y))
-            batch = make_batch(args, step, latents, y, mean, std, null)
+            batch = make_batch(args, step, latents, y, mean, std, state.model.null)
             lr = set_lr(state, step, n_steps)
             if not log.flops_per_step:
                 log.flops_per_step = count_flops(lambda: state.objective(batch).backward())
@@ -692,15 +711,16 @@ def train(args, device):
     if args.eval_samples and not any(row["kind"] == "eval" for row in rows):
         log.write("eval", step, judge_samples(state, tokenizer, stats, source, cache, device))
     if rank() == 0:
-        print(f"done: samples_{n_steps:07d}.png, checkpoint.pt ('ema' loads in LightningDiT) in {args.out}")
+        loads = " ('ema' loads in LightningDiT)" if args.condition == "class" else ""
+        print(f"done: samples_{n_steps:07d}.png, checkpoint.pt{loads} in {args.out}")
 
 
-def texts_to_show(args, source, texts, n=8):
-    """Captions for pictures, of held-out scenes where the set is the built-in one, and their features."""
+def texts_to_show(args, source, tower, n=8):
+    """Captions for pictures, of held-out scenes where the set is the built-in one, and what a DiT reads."""
     if args.data is None:
         source = data.open_source(None, 8, "val")
-    captions = data.load_evaluation_set(source, n, whole=True)[1]
-    return captions, texts(captions)
+    captions = data.load_evaluation_set(source, 8 * n, whole=True)[1][:n]      # some may be unusable
+    return captions, tower(captions)
 
 
 def judge_samples(state, tokenizer, stats, source, cache, device):
@@ -733,14 +753,11 @@ def generate_set(args, device):
         raise ValueError(f"--tokenizer {args.tokenizer} has latents of {d} channels, but --checkpoint draws "
                          f"{model.in_channels}")
     stats = evaluate.read_latent_stats(args.latents_stats or os.path.join(run, "latents_stats.pt"))
-    prompts, features = [], None
+    prompts, tower = [], None
     if args.condition == "text":
-        texts, prompts = evaluate.Texts(args, device), read_prompts(args)
-        if texts.dim != model.text_dim:
-            raise ValueError(f"{args.text_from or args.tokenizer} has features of {texts.dim} numbers, but "
-                             f"--checkpoint reads {model.text_dim}: name its own, --text_from")
-        features = texts(prompts)
-    of_set = by_first_rank(lambda: open_set(args, folder, model, stats, features))
+        tower, prompts = evaluate.TextTower(args.text_from or args.tokenizer, device, args.bpe), args.prompt
+        tower.check(model)
+    of_set = by_first_rank(lambda: open_set(args, folder, model, stats, tower))
     if of_set is None:
         return print(f"{args.sample} images are in {args.out} already") if rank() == 0 else None
     stats = tuple(x.to(device) for x in stats)
@@ -754,7 +771,7 @@ def generate_set(args, device):
         # What a killed call has begun is made anew as a whole: batches of another size round otherwise.
         noise, y = noise_and_labels(indices, args.seed, model.latent_shape, model.num_classes or len(prompts))
         if prompts:
-            y = features[torch.tensor(indices) % len(prompts)]
+            y = tower([prompts[i % len(prompts)] for i in indices])
         images = evaluate.to_uint8(generate(model, tokenizer, stats, noise, y, **sampling_options(args)))
         images = map(Image.fromarray, images.permute(0, 2, 3, 1).cpu().numpy())
         list(writers.map(evaluate.save_image, images, [paths[i] for i in indices]))
@@ -762,8 +779,7 @@ def generate_set(args, device):
     barrier()
     if rank() == 0:
         if prompts:
-            beside = args.out.rstrip("/").removesuffix(".npz") + ".png"
-            evaluate.save_image(evaluate.prompts_picture(prompts, paths), beside)
+            evaluate.save_image(evaluate.prompts_picture(prompts, paths), picture_beside(args.out))
         if is_npz:
             images = np.stack([np.asarray(Image.open(path)) for path in paths])
             y = np.arange(args.sample) % len(prompts) if prompts else noise_and_labels(
@@ -776,15 +792,22 @@ def generate_set(args, device):
         print(f"{args.sample} images in {args.out}")
 
 
-def open_set(args, folder, model, stats, features=None):
+def picture_beside(out):
+    """Where prompts and their images are shown: beside the set, as a picture in it would be one of it."""
+    return os.path.abspath(out).removesuffix(".npz") + ".png"
+
+
+def open_set(args, folder, model, stats, tower=None):
     """A new folder for images, or one that was begun with the same weights and settings; else ValueError.
     -> what the .npz says of these and of its size; None: it is there already, and is of just these."""
     digest = hashlib.sha256()
-    for tensor in (*model.state_dict().values(), *stats, *([] if features is None else [features])):
+    for tensor in (*model.state_dict().values(), *stats):
         digest.update(tensor.cpu().contiguous().numpy())
     tokenizer = evaluate.file_digest(find_checkpoint(args.tokenizer))
     made_with = dict(model=digest.hexdigest()[:16], tokenizer=tokenizer, seed=args.seed,
                      **sampling_options(args))
+    if tower is not None:
+        made_with |= {"prompts": data.digest_of(*args.prompt), "text tower": tower.digest()}
     of_set = json.dumps({**made_with, "sample": args.sample})
     if folder != args.out and os.path.exists(args.out):
         if evaluate.load_arrays(args.out, (), ["made_with"]).get("made_with") != of_set:
@@ -794,6 +817,9 @@ def open_set(args, folder, model, stats, features=None):
     claim_folder(folder)
     path = os.path.join(folder, "made_with.json")
     images = [name for name in os.listdir(folder) if name.endswith(".png")]
+    if tower is not None and not os.path.isfile(path) and os.path.exists(picture_beside(args.out)):
+        raise ValueError(f"{picture_beside(args.out)}, where the picture of prompts belongs, is there "
+                         "already: choose another --out")
     before = evaluate.read_json(path) if os.path.isfile(path) else {} if images else made_with
     if differs := [name for name, value in made_with.items() if before.get(name) != value]:
         raise ValueError(f"--out {args.out} has images that were made with another {', '.join(differs)}: "

@@ -227,6 +227,8 @@ def check(parser, args):
     W = world_size()
     if args.lambda_rec == args.lambda_ssl == args.lambda_clip == 0:
         raise ValueError("nothing to train: all of --lambda_rec, --lambda_ssl and --lambda_clip are 0")
+    if args.hold_out_pairs and args.data is not None:
+        raise ValueError("--hold_out_pairs is of the built-in set, not of --data")
     if args.samples < args.batch_size:
         raise ValueError(f"{parser.said('samples', args)} is less than one batch of {args.batch_size}")
     ranks, pairs = "the number of ranks", "twice the number of ranks (masks are drawn in pairs of samples)"
@@ -819,11 +821,12 @@ class Settings(argparse.ArgumentParser):
             self.error(f"--resume: {args.out} has no run.json of a run to go on with")
         if recorded.keys() - vars(args).keys():
             self.error(f"--resume: {args.out} is a run of another script, or of another version of this one")
+        known = {name: self.get_default(name) for name in vars(args)} | recorded
         # as text, numbers are checked as those of the command line are
         self.set_defaults(**{k: str(v) if type(v) in (int, float) else v
                              for k, v in recorded.items() if k not in ("resume", "out")})
         args = self.parse_args(argv)
-        changed = [f"--{k} (was {v}, now {getattr(args, k, None)})" for k, v in recorded.items()
+        changed = [f"--{k} (was {v}, now {getattr(args, k, None)})" for k, v in known.items()
                    if k not in MAY_CHANGE_ON_RESUME and getattr(args, k, None) != v]
         if changed:
             self.error(f"--resume continues a run that was started with other settings: {', '.join(changed)}")
@@ -909,7 +912,8 @@ class CapturedStep:
     """step(inputs), inputs a dict of tensors of static shape: eager on a CPU, a CUDA graph replayed on a GPU.
     The first WARM_UP calls run eagerly on the side stream (DDP needs 11), the next one captures; all read the
     same tensors, since for other strides a compiled block would be compiled anew, which a capture forbids.
-    The step must leave its results in tensors that outlive it. close() it before leaving the process group."""
+    The step must leave its results in tensors that outlive it. Before leaving the process group, close() it.
+    """
 
     WARM_UP = 11
 

@@ -5,7 +5,6 @@ import math
 import os
 import re
 import shutil
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -365,21 +364,55 @@ def test_skipping_the_interval_equals_computing_and_discarding(released, monkeyp
     torch.testing.assert_close(skipped, discarded, **FP32)
 
 
-def test_a_texts_feature_is_a_condition_and_zeros_are_the_null():
-    model, y = lively(num_classes=None, text_dim=8), torch.nn.functional.normalize(torch.randn(3, 8), dim=-1)
-    embedder = model.y_embedder
-    assert torch.equal(embedder(torch.zeros(2, 8)), embedder.null.expand(2, -1))
-    torch.testing.assert_close(embedder(y), embedder.mlp(y * 8 ** 0.5), **FP32)
-    assert torch.equal(model.null(), torch.zeros(8)) and lively().null() == 5
-    embedder(torch.cat((y, torch.zeros(1, 8)))).sum().backward()
-    assert torch.equal(embedder.null.grad, torch.ones(32))          # of the one text that is none
-    y, x, times = y[[2, 0, 2, 1]], torch.randn(4, 6, 4, 4), time_grid(5, 0.3)
+def some_texts(n=3, length=5, dim=8):
+    """What a DiT reads of texts of different lengths: features, then words, padded with zeros."""
+    y = torch.randn(n, length, dim)
+    for i in range(n):
+        y[i, 2 + i:] = 0
+    return y
+
+
+def test_a_text_modulates_by_its_feature_and_is_read_by_its_words():
+    model, y = lively(num_classes=None, text_dim=8), some_texts()
+    embedder, reader = model.y_embedder, model.text_attn
+    assert torch.equal(embedder(torch.zeros(2, 5, 8)), embedder.null.expand(2, -1))
+    torch.testing.assert_close(embedder(y), embedder.mlp(y[:, 0]), **FP32)
+    x = torch.randn(3, 16, 32)
+    with torch.no_grad():       # the attention by its definition, text by text, head by head
+        expected = x.clone()
+        for i in range(3):
+            words = torch.cat((reader.null[None], y[i, 1:2 + i]))
+            k, v = reader.kv(words).chunk(2, dim=-1)
+            q = reader.q(reader.norm(x[i]))
+            heads = [(q[:, h] @ k[:, h].T / 16 ** 0.5).softmax(dim=-1) @ v[:, h]
+                     for h in (slice(0, 16), slice(16, 32))]
+            expected[i] += reader.proj(torch.cat(heads, dim=-1))
+        torch.testing.assert_close(reader(x, y), expected, **FP32)
+    longer = torch.cat((y, torch.zeros(3, 4, 8)), dim=1)
+    x, t = torch.randn(3, 6, 4, 4), torch.rand(3)
+    torch.testing.assert_close(model(x, t, longer), model(x, t, y), **FP32)
+    assert (model.null, lively().null) == (0.0, 5)
+
+
+def test_sampling_texts_is_the_plain_loop():
+    model, y = lively(num_classes=None, text_dim=8), some_texts()[[2, 0, 2, 1]]
+    x, times = torch.randn(4, 6, 4, 4), time_grid(5, 0.3)
     with torch.no_grad():
         plain = x.clone()
         for a, b in zip(times, times[1:]):
             t = torch.full((4,), a, dtype=torch.float32)
             plain = plain + (b - a) * guide(model(plain, t, y), model(plain, t, torch.zeros_like(y)), 2.5)
     torch.testing.assert_close(sample(model, x, y, 5, "euler", 0.3, 2.5), plain, **FP32)
+
+
+def test_what_a_dit_reads_of_a_text_is_the_text_towers(micro_model):
+    model, texts = VTP.from_pretrained(micro_model), ["a red star", "", "a much longer text " * 9]
+    y, tokens = text_tower(micro_model)(texts), data.word_tokenizer(texts, 20)
+    torch.testing.assert_close(y[:, 0] / 32 ** 0.5, model.encode_text(tokens), **FP32)
+    n_words = [len(words) for words in ("a red star end".split(), ["end"], 19 * ["x"])]
+    assert [int((row[1:] != 0).any(dim=-1).sum()) for row in y] == n_words and y.shape == (3, 20, 32)
+    alone = text_tower(micro_model)(texts[:1])
+    torch.testing.assert_close(alone[0], y[0], **FP32)
 
 
 def test_a_checkpoint_says_what_its_dit_draws(tmp_path):
@@ -437,7 +470,7 @@ def tars(folder, n=20):
 
 
 def text_tower(micro_model):
-    return evaluate.Texts(SimpleNamespace(text_from=None, tokenizer=micro_model, bpe=None), CPU)
+    return evaluate.TextTower(micro_model, CPU)
 
 
 def write_cache(folder, source, model, **options):
@@ -474,16 +507,16 @@ def test_cached_latents_are_fresh_ones(micro_model, tmp_path, monkeypatch):
 
 
 def test_a_cache_of_texts_has_their_features_and_no_false_mirror_images(micro_model, tmp_path, monkeypatch):
-    model, texts = VTP.from_pretrained(micro_model), text_tower(micro_model)
+    model, tower = VTP.from_pretrained(micro_model), text_tower(micro_model)
     source = data.BuiltinSource(40, 64)
     monkeypatch.setattr(train_dit, "SHARD_ROWS", 16)
-    cache, _ = write_cache(tmp_path / "c", source, model, texts=texts)
+    cache, _ = write_cache(tmp_path / "c", source, model, tower=tower)
     plain, _ = write_cache(tmp_path / "p", source, model)
-    assert cache.text_dim == 32 and plain.text_dim is None
+    assert cache.text_shape == [20, 32] and plain.text_shape is None
     rows = np.array([39, 0, 17, 16])
-    fresh = model.encode_text(data.word_tokenizer([source.captions[i] for i in rows], 20))
+    fresh = tower([source.captions[i] for i in rows])
     torch.testing.assert_close(cache.conditions_at(rows).float(), fresh, rtol=2 ** -8, atol=1e-5)   # in bf16
-    assert cache.conditions_at(rows).shape == (4, 32) and plain.conditions_at(rows).dtype == torch.int64
+    assert cache.conditions_at(rows).shape == (4, 20, 32) and plain.conditions_at(rows).dtype == torch.int64
     latents, of_plain = (x.latents_at(np.arange(40)) for x in (cache, plain))
     has_side = torch.tensor([data.names_a_side(text) for text in source.captions])
     assert 3 < has_side.sum() < 30
@@ -492,12 +525,12 @@ def test_a_cache_of_texts_has_their_features_and_no_false_mirror_images(micro_mo
     assert torch.equal(latents[~has_side, 1], of_plain[~has_side, 1])
     # a lost part is made anew, features and all; a cut one is seen
     whole = (tmp_path / "c" / "00001.bin").read_bytes()
-    assert len(whole) == 16 * (2 * 2 * 16 * 16 + 8 + 2 * 32)
+    assert len(whole) == 16 * (2 * 2 * 16 * 16 + 8 + 2 * 20 * 32)
     for broken in (None, whole[:-1]):
         (tmp_path / "c" / "00001.bin").unlink()
         if broken:
             (tmp_path / "c" / "00001.bin").write_bytes(broken)
-        write_cache(tmp_path / "c", source, model, texts=texts)
+        write_cache(tmp_path / "c", source, model, tower=tower)
         assert (tmp_path / "c" / "00001.bin").read_bytes() == whole
 
 
@@ -505,7 +538,7 @@ def test_a_cache_of_texts_takes_images_without_a_class_but_none_without_a_captio
     write_tar(tmp_path / "t.tar", [tar_sample(i, cls=None, txt=b" " if i == 2 else b"a") for i in range(6)])
     source = data.open_source(str(tmp_path / "t.tar"), 64)
     cache, skipped = write_cache(tmp_path / "c", source, VTP.from_pretrained(micro_model), max_skipped=0.5,
-                                 texts=text_tower(micro_model))
+                                 tower=text_tower(micro_model))
     assert skipped == {"no caption": 1} and cache.rows.tolist() == [0, 1, 3, 4, 5]
 
 
@@ -562,7 +595,7 @@ from test_dit import text_tower, write_cache
 from vtp import VTP
 losses.init_distributed()
 source, model = data.open_source({pattern!r}, 64), VTP.from_pretrained({model!r})
-write_cache(sys.argv[1], source, model, n_workers=int(sys.argv[2]), texts=text_tower({model!r}))
+write_cache(sys.argv[1], source, model, n_workers=int(sys.argv[2]), tower=text_tower({model!r}))
 losses.leave_distributed()
 """
 
@@ -654,7 +687,7 @@ def setting(micro_model, finished, *more, device="cpu"):
 
     def make_batch(step):
         latents, labels = (x.to(device) for x in cache.batch(step, args.batch_size, 0))
-        return train_dit.make_batch(args, step, latents, labels, mean, std, state.model.null(device))
+        return train_dit.make_batch(args, step, latents, labels, mean, std, state.model.null)
     return args, state, make_batch
 
 
@@ -834,7 +867,7 @@ def test_the_batch_is_the_global_draw(micro_model, finished):
     latents = torch.stack((torch.zeros(64, 3, 2, 2), torch.ones(64, 3, 2, 2)), dim=1)
     labels = torch.arange(64) % 10
     mean, std = torch.full((1, 3, 1, 1), 2.0), torch.full((1, 3, 1, 1), 4.0)
-    batch = train_dit.make_batch(args, 5, latents, labels, mean, std, torch.tensor(10))
+    batch = train_dit.make_batch(args, 5, latents, labels, mean, std, 10)
     # (0 - 2) / 4 and (1 - 2) / 4: either image
     assert sorted(set(batch["latents"].flatten().tolist())) == [-0.5, -0.25]
     assert (batch["latents"].flatten(1).std(dim=1) == 0).all()
@@ -844,7 +877,7 @@ def test_the_batch_is_the_global_draw(micro_model, finished):
     assert abs(batch["noise"].mean()) < 0.2                 # 768 draws: 5 standard errors
     assert 0 < batch["t"].min() and batch["t"].max() < 1
     args.mirror = micro_args(micro_model, finished).mirror      # the built-in set is not mirrored
-    batch = train_dit.make_batch(args, 5, latents, labels, mean, std, torch.tensor(10))
+    batch = train_dit.make_batch(args, 5, latents, labels, mean, std, 10)
     assert (batch["latents"] == -0.5).all()
 
 
@@ -912,7 +945,8 @@ def test_a_run_on_texts_resumes_bit_for_bit_and_is_that_of_two_ranks(micro_model
     run_script(["train_dit.py", "--out", out, "--resume"])
     assert losses_of(out) == losses_of(from_text)
     one, two = checkpoint(from_text)["ema"], checkpoint(out)["ema"]
-    assert one["y_embedder.null"].abs().sum() > 0 and all(torch.equal(one[k], two[k]) for k in one)
+    assert all(torch.equal(one[k], two[k]) for k in one)
+    assert all(one[k].abs().sum() > 0 for k in ("y_embedder.null", "text_attn.null", "text_attn.proj.weight"))
     run(micro_model, from_text.parent / "two", "--condition", "text", n_ranks=2)
     # as with classes
     np.testing.assert_allclose(losses_of(from_text.parent / "two"), losses_of(from_text), rtol=1e-3)
@@ -921,9 +955,9 @@ def test_a_run_on_texts_resumes_bit_for_bit_and_is_that_of_two_ranks(micro_model
 def test_dropped_texts_are_the_null_and_others_stay(micro_model, from_text):
     more = ["--batch_size", "64", "--label_dropout", "0.5", "--samples", "640"]
     args = micro_args(micro_model, from_text, *more)
-    y = torch.nn.functional.normalize(torch.randn(64, 32), dim=-1).bfloat16()
-    batch = train_dit.make_batch(args, 5, torch.zeros(64, 2, 3, 2, 2), y, 0, 1, torch.zeros(32))
-    is_null = (batch["y"] == 0).all(dim=1)
+    y = torch.randn(64, 20, 32).bfloat16()
+    batch = train_dit.make_batch(args, 5, torch.zeros(64, 2, 3, 2, 2), y, 0, 1, 0.0)
+    is_null = (batch["y"] == 0).flatten(1).all(dim=1)
     assert 16 <= is_null.sum() <= 48 and batch["y"].dtype == torch.float32
     assert torch.equal(batch["y"][~is_null], y[~is_null].float())
 
@@ -932,8 +966,9 @@ def test_prompts_become_images_with_a_picture_of_both(micro_model, from_text, tm
     lively_run = tmp_path / "run"        # after 12 steps a text changes next to nothing
     shutil.copytree(from_text, lively_run)
     content = checkpoint(from_text)
+    torch.manual_seed(0)
     for name, weight in content["ema"].items():
-        if name.startswith(("y_embedder", "final_layer")) or "adaLN" in name:
+        if name.startswith(("y_embedder", "text_attn", "final_layer")) or "adaLN" in name:
             torch.nn.init.normal_(weight, std=0.3)
     torch.save(content, lively_run / "checkpoint.pt")
     from_text, prompts = lively_run, ["a red star", "", "два зелёных круга " * 20]
@@ -953,9 +988,48 @@ def test_prompts_become_images_with_a_picture_of_both(micro_model, from_text, tm
     sample_into(tmp_path / "a", from_text, *common, n=7)        # again: of the same making
     with pytest.raises(SystemExit):
         sample_into(tmp_path / "a", from_text, "--prompt", "a blue star", n=7)
-    assert "another model" in capsys.readouterr().err
+    assert "another prompts" in capsys.readouterr().err
+    (tmp_path / "own.png").write_bytes(b"mine")
+    with pytest.raises(SystemExit):
+        sample_into(tmp_path / "own", from_text, *common, n=7)
+    assert "own.png, where the picture of prompts belongs, is there" in capsys.readouterr().err
     sample_into(tmp_path / "s.npz", from_text, *common, n=4)
     assert np.load(tmp_path / "s.npz")["arr_1"].tolist() == [0, 1, 2, 0] and (tmp_path / "s.png").exists()
+
+
+def test_a_cache_of_texts_is_none_of_classes(micro_model, finished, from_text, tmp_path, capsys):
+    for run_folder, more in ((from_text, []), (finished, ["--condition", "text"])):
+        cache = str(run_folder.parent / "cache")
+        with pytest.raises(SystemExit):
+            train_dit.main(["--tokenizer", micro_model, "--cache", cache, *FAST, *more,
+                            "--out", str(tmp_path / "o")])
+        assert "were made with another text tower" in capsys.readouterr().err
+
+
+def test_new_captions_of_a_folder_make_new_features(tmp_path):
+    """Its images are the same, so that latents of classes stay."""
+    def fingerprints(class_names=None):
+        source = data.FolderSource(str(tmp_path / "d"), 8, class_names)
+        return source.fingerprint(), source.fingerprint(with_captions=True)
+    (tmp_path / "d" / "ants").mkdir(parents=True)
+    Image.new("RGB", (8, 8)).save(tmp_path / "d" / "ants" / "1.png")
+    first = fingerprints()
+    (tmp_path / "d" / "ants" / "1.txt").write_text("two ants")
+    second, third = fingerprints(), fingerprints(["wasps"])
+    assert first[0] == second[0] == third[0] and len({first[1], second[1], third[1]}) == 3
+
+
+def test_a_run_resumes_without_options_that_it_did_not_know(micro_model, finished, tmp_path, capsys):
+    out = tmp_path / "o"
+    shutil.copytree(finished, out)
+    record = json.load(open(out / "run.json"))
+    for name in ("hold_out_pairs", "condition", "text_from"):       # as an older version has it
+        del record["arguments"][name]
+    (out / "run.json").write_text(json.dumps(record))
+    assert train_dit.read_settings(["--out", str(out), "--resume"]).condition == "class"
+    with pytest.raises(SystemExit):
+        train_dit.read_settings(["--out", str(out), "--resume", "--hold_out_pairs"])
+    assert "--hold_out_pairs (was False, now True)" in capsys.readouterr().err
 
 
 def test_prompts_belong_to_texts(micro_model, finished, from_text, tmp_path, capsys):
@@ -982,6 +1056,9 @@ def test_prompts_belong_to_texts(micro_model, finished, from_text, tmp_path, cap
     (["--sample", "5"], "--out"),
     (["--sample", "5", "--out", "x.npz", "--checkpoint", "nowhere"], "First: python train_dit.py"),
     (["--latents_stats", "no.pt"], "no such file"),
+    (["--condition", "text", "--eval_samples", "5"], "evaluate.py measures a DiT of texts"),
+    (["--text_from", "runs/other"], "belongs to --condition text"),
+    (["--hold_out_pairs", "--data", os.path.dirname(__file__)], "is of the built-in set"),
     (["--cache", os.path.dirname(__file__)], "other things")])
 def test_a_wrong_argument_is_an_error_before_any_work(micro_model, tmp_path, capsys, wrong,
                                                       message):

@@ -1397,12 +1397,48 @@ def test_a_dit_of_texts_is_measured_on_the_held_out_captions(of_texts, capsys):
     fake, real = torch.load(of_texts / "collected0", weights_only=True)[-2:]
     source = data.BuiltinSource(2048, 64, "val")
     order = data.permutation(0, 0, 2048)[:11]
-    assert torch.equal(real["said"], torch.from_numpy(source.attributes()[1][order]))
+    assert torch.equal(real["said"], torch.from_numpy(source.attributes_said()[order]))
     assert torch.equal(real["labels"], torch.from_numpy(source.labels[order]))
     tower = VTP.from_pretrained(str(of_texts.parent / "tok"))
     text = tower.encode_text(word_tokenizer([source.captions[i] for i in order], 20))
-    torch.testing.assert_close(real["text_features"], text, **FP32)
+    torch.testing.assert_close(real["text_features"], text, **FP32)     # in batches of another size
     assert all(torch.equal(fake[k], real[k]) for k in ("said", "labels", "caption_ids", "text_features"))
+    assert "is_held_out" not in real and "drawn_held_out_pairs" not in row      # it has seen all pairs
+
+
+def test_pairs_are_held_out_if_nothing_has_seen_them(evaluated, of_texts, tmp_path):
+    for run in ("tok", "text"):
+        shutil.copytree(evaluated / run, tmp_path / run, ignore=lambda *_: ["latents", "latents_text"])
+    (tmp_path / "tok" / "run.json").write_text(json.dumps(dict(arguments=dict(hold_out_pairs=True))))
+    record = json.load(open(of_texts / "run.json"))
+    arguments = record["arguments"] | dict(tokenizer=str(tmp_path / "tok"))
+    common = ["--tokenizer", str(tmp_path / "tok"), "--dit", str(tmp_path / "text")]
+    for hold_out_pairs in (False, True):
+        record["arguments"] = arguments | dict(hold_out_pairs=hold_out_pairs)
+        (tmp_path / "text" / "run.json").write_text(json.dumps(record))
+        args = evaluate.read_settings(common)
+        assert args.hold_out_pairs == hold_out_pairs and args.text_from == str(tmp_path / "tok")
+    val_source, source = data.BuiltinSource(2048, 8, "val"), data.BuiltinSource(48, 64)
+    args.judge, args.n_val = str(evaluated / "tok" / "latents_text" / "judge.pt"), 60
+    held_out = data.load_evaluation_set(val_source, 60)
+    captions = evaluate.Captions(args, torch.device("cpu"), source, val_source, held_out)
+    found, pairs = captions.of(range(60))[0]["is_held_out"].tolist(), captions.all["said"][:, :2].tolist()
+    assert found == [tuple(pair) in data.HELD_OUT_PAIRS for pair in pairs] and sum(found) >= 2
+    assert captions.texts == held_out[1]
+
+
+def test_an_attribute_judge_learns_the_built_in_sets_attributes(tmp_path, monkeypatch):
+    asked = []
+
+    def train_judge(images, labels, n_classes, device, seed, n_steps):
+        asked.append((images.shape, labels, n_classes))
+        return quick_judge(images, labels, n_classes, device)
+    monkeypatch.setattr(evaluate, "train_judge", train_judge)
+    source, sizes = data.BuiltinSource(24, 32), tuple(map(len, data.ATTRIBUTES.values()))
+    judge = evaluate.open_judge(str(tmp_path / "j.pt"), source, sizes, torch.device("cpu"))
+    (shape, labels, n_classes), = asked
+    assert shape == (24, 3, 64, 64) and n_classes == judge.sizes == (10, 12, 3, 9, 12)
+    assert torch.equal(labels, torch.from_numpy(source.attributes()))
 
 
 def test_two_ranks_measure_the_same_of_texts(of_texts, evaluated, tmp_path):

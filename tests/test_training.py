@@ -698,6 +698,16 @@ def test_a_run_of_another_script_is_told_from_ones_own(micro_model, tmp_path, ca
         assert stop.value.code == 2 and words in capsys.readouterr().err
 
 
+def test_pairs_are_held_out_of_the_training_set_alone(micro_model, tmp_path):
+    args, config = train.read_settings(["--init", micro_model, *FAST, "--hold_out_pairs",
+                                        "--out", str(tmp_path / "o")])
+    source, _, held_out, gallery = train.open_data(args, config)
+    p = data.draw_parameters(source.indices, "train")
+    assert len(source) == 64 and "without 10" in source.name and not data.has_held_out_pair(p, True).any()
+    whole = data.BuiltinSource(2048, 64, "val").captions
+    assert set(held_out[1]) <= set(whole) and set(gallery[1]) <= set(source.captions)
+
+
 def test_resume_needs_the_checkpoint_and_the_arguments_of_a_run(tmp_path, capsys):
     (tmp_path / "checkpoint.pt").write_bytes(b"")
     with pytest.raises(SystemExit) as stop:
