@@ -6,7 +6,7 @@ The DiT that generates latents, flow matching, and the samplers.
     latents = sample(model, noise, labels, steps=250, shift=0.075)    # normalised: times std, plus mean
 
 Architecture and names are LightningDiT's (arXiv 2501.01423), which the paper trains: checkpoints fit both.
-In place of a class, y may be a text, by what a tokenizer's text tower makes of it and of its words.
+In place of a class, y may be a text, by the feature that a tokenizer's text tower has of it.
 """
 import math
 from collections import OrderedDict
@@ -111,35 +111,15 @@ class TimestepEmbedder(nn.Module):
 
 
 class TextEmbedder(nn.Module):
-    """The features of whole texts, the first of (B, L, text_dim) -> MLP -> (B, dim); zeros: there is none."""
+    """Features of texts (B, text_dim), with a mean square of 1 -> MLP -> (B, dim); zeros are no text."""
     def __init__(self, text_dim, dim):
         super().__init__()
         self.mlp = nn.Sequential(nn.Linear(text_dim, dim), nn.SiLU(), nn.Linear(dim, dim))
         self.null = nn.Parameter(torch.zeros(dim))
 
     def forward(self, features):
-        embedded = self.mlp(features[:, 0])
-        is_null = (features[:, 0] == 0).all(dim=-1, keepdim=True)
+        embedded, is_null = self.mlp(features), (features == 0).all(dim=-1, keepdim=True)
         return torch.where(is_null, self.null.to(embedded.dtype), embedded)
-
-
-class TextAttention(nn.Module):
-    """x (B, N, dim) and what it reads from the words of texts, the others of (B, L, text_dim). Zeros are no
-    words; a learned one is always there."""
-    def __init__(self, text_dim, dim, n_heads):
-        super().__init__()
-        self.n_heads, self.norm = n_heads, RMSNorm(dim, eps=1e-6)
-        self.q, self.kv, self.proj = nn.Linear(dim, dim), nn.Linear(text_dim, 2 * dim), nn.Linear(dim, dim)
-        self.null = nn.Parameter(torch.zeros(text_dim))
-
-    def forward(self, x, features):
-        words = torch.cat((self.null.expand(len(x), 1, -1), features[:, 1:]), dim=1)  # (B, L, text_dim)
-        is_there = (words != 0).any(dim=-1)
-        is_there[:, 0] = True
-        q = self.q(self.norm(x)).unflatten(-1, (self.n_heads, -1)).transpose(1, 2)  # (B, heads, N, d)
-        k, v = self.kv(words).unflatten(-1, (2, self.n_heads, -1)).permute(2, 0, 3, 1, 4)
-        read = F.scaled_dot_product_attention(q, k, v, attn_mask=is_there[:, None, None])
-        return x + self.proj(read.transpose(1, 2).flatten(2))
 
 
 def sincos_positions(dim, n):
@@ -153,8 +133,7 @@ def sincos_positions(dim, n):
 
 class DiT(nn.Module):
     """Diffusion transformer on normalised latents, conditional on one of num_classes classes, less the null
-    class, or, with text_dim, on a text: its feature modulates as a class does, its words are read once,
-    before the first block.
+    class, or, with text_dim in place of num_classes, on a text's feature.
     use_qk_norm: RMSNorm of each head's queries and keys, LightningDiT's remedy for NaNs; off in the paper."""
     def __init__(self, dim, depth, n_heads, patch_size, input_size, in_channels, num_classes=None,
                  use_qk_norm=False, text_dim=None):
@@ -172,7 +151,6 @@ class DiT(nn.Module):
             self.y_embedder = nn.Sequential(OrderedDict(embedding_table=table))
         else:
             self.y_embedder = TextEmbedder(text_dim, dim)
-            self.text_attn = TextAttention(text_dim, dim, n_heads)
         self.pos_embed = nn.Parameter(sincos_positions(dim, n)[None], requires_grad=False)
         self.feat_rope = Rope(dim // n_heads, n)
         self.blocks = nn.ModuleList(DiTBlock(dim, n_heads, use_qk_norm) for _ in range(depth))
@@ -187,8 +165,6 @@ class DiT(nn.Module):
         for modulated in (*self.blocks, self.final_layer):
             nn.init.zeros_(modulated.adaLN_modulation[1].weight)  # every block starts as the identity
         nn.init.zeros_(self.final_layer.linear.weight)
-        if text_dim is not None:
-            nn.init.zeros_(self.text_attn.proj.weight)
 
     @property
     def latent_shape(self):
@@ -200,16 +176,14 @@ class DiT(nn.Module):
         return self.num_classes if self.text_dim is None else 0.0
 
     def forward(self, x, t, y):
-        """x (B, d, h, w), t (B,) in [0, 1], y labels (B,) or texts (B, L, text_dim), each its feature and
-        then its words', padded with zeros -> velocity (B, d, h, w)."""
-        return self.velocity(x, self.t_embedder(t) + self.y_embedder(y), y)
+        """x (B, d, h, w), t (B,) in [0, 1], y labels (B,) or texts' features (B, text_dim) -> velocity
+        (B, d, h, w)."""
+        return self.velocity(x, self.t_embedder(t) + self.y_embedder(y))
 
-    def velocity(self, x, conditions, y, rows=None):
-        """The same from conditions (C, dim), the sums of the embeddings of time and of y (C, ...).
+    def velocity(self, x, conditions, rows=None):
+        """The same from conditions (C, dim), the sums of the embeddings of time and of class or text.
         rows (B,): which of them each sample has; None: C = B, in order."""
         x = self.x_embedder(x).flatten(2).transpose(1, 2) + self.pos_embed  # (B, N, dim)
-        if self.text_dim is not None:
-            x = self.text_attn(x, y if rows is None else y[rows])
         rope = (self.feat_rope.freqs_sin[:, ::2], self.feat_rope.freqs_cos[:, ::2])  # (N, head_dim / 2)
         for block in self.blocks:
             x = block(x, conditions, rope, rows)
@@ -329,7 +303,7 @@ def guide(conditional, unconditional, guidance, channels=None):
 @torch.no_grad()
 def sample(model, noise, y, steps=250, method="euler", shift=1.0, guidance=1.0, interval=(0.0, 1.0),
            channels=None):
-    """Normalised latents (B, d, h, w) from noise of that shape and y, labels or texts as of DiT.forward.
+    """Normalised latents (B, d, h, w) from noise of that shape and y, labels (B,) or texts' features.
     steps: points of the time grid, one more than integration steps (the authors' count). guidance > 1 acts at
     times interval[0] <= t <= interval[1]; elsewhere the null branch is not computed. Embeddings are computed
     once, and modulations once for each step and class or text that occurs."""
@@ -338,17 +312,15 @@ def sample(model, noise, y, steps=250, method="euler", shift=1.0, guidance=1.0, 
     times = time_grid(steps, shift)
     is_guided = [guidance > 1 and interval[0] <= t <= interval[1] for t in times]
     different, rows = y.unique(dim=0, return_inverse=True)
-    with_null = torch.cat((different, torch.full_like(different[:1], model.null)))
-    y_embedding = model.y_embedder(with_null)  # (C + 1, dim)
+    y_embedding = model.y_embedder(torch.cat((different, torch.full_like(different[:1], model.null))))
     time_embedding = model.t_embedder(torch.tensor(times, device=y.device))  # (steps, dim)
     both_rows = torch.cat((rows, torch.full_like(rows, len(different))))  # then all the null
 
     def velocity(x, k):
         conditions = time_embedding[k] + y_embedding
         if not is_guided[k]:
-            return model.velocity(x, conditions, with_null, rows)
-        both = model.velocity(torch.cat((x, x)), conditions, with_null, both_rows)
-        return guide(*both.chunk(2), guidance, channels)
+            return model.velocity(x, conditions, rows)
+        return guide(*model.velocity(torch.cat((x, x)), conditions, both_rows).chunk(2), guidance, channels)
     jumps = {k for k in range(1, steps) if is_guided[k] != is_guided[k - 1]}
     return integrate(velocity, noise.float(), times, method, jumps)
 

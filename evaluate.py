@@ -776,29 +776,21 @@ def read_latent_stats(path):
 
 class TextTower:
     """The text tower of a tokenizer, a folder or hub id (model: its VTP, if it is loaded already). Called
-    with n texts it gives what a DiT reads of them, (n, L, dim) on the CPU: first the text's feature, with a
-    mean square of 1, then its words', padded with zeros."""
+    with n texts it gives what a DiT reads of them: features (n, dim) on the CPU, with a mean square of 1."""
     def __init__(self, where, device, bpe=None, model=None):
         self.where, self.folder = where, first_on_node(lambda: find_checkpoint(where))
         self.model, self.device = model or VTP.from_pretrained(self.folder).to(device).eval(), device
         config = self.model.config
         if not config.train_clip:
             raise ValueError(f"{where} has no text tower: take that of another tokenizer, --text_from")
-        self.shape = (config.text_context_length, config.text_embed_dim)
+        self.length, self.dim = config.text_context_length, config.text_embed_dim
         self.tokenize = first_on_node(lambda: data.make_tokenizer(config.text_vocab_size, bpe))
 
-    def __call__(self, texts, batch_size=256):
-        tokens = self.tokenize(texts, self.shape[0])
-        return torch.cat([self.encode(part.to(self.device)).cpu() for part in tokens.split(batch_size)])
-
     @torch.no_grad()
-    def encode(self, tokens):
-        x = self.model.ln_final(self.model.encode_tokens(tokens))
-        end = tokens.argmax(dim=1, keepdim=True)
-        whole = x.gather(1, end[:, None].expand(-1, 1, x.shape[-1])) @ self.model.text_projection
-        is_padding = torch.arange(x.shape[1], device=self.device) > end
-        words = x.masked_fill(is_padding[..., None], 0.0)[:, 1:]        # all but the start
-        return torch.cat((F.normalize(whole, dim=-1) * self.shape[1] ** 0.5, words), dim=1)
+    def __call__(self, texts, batch_size=256):
+        tokens = self.tokenize(texts, self.length).split(batch_size)
+        features = torch.cat([self.model.encode_text(part.to(self.device)).cpu() for part in tokens])
+        return features * self.dim ** 0.5
 
     def digest(self):
         """A fingerprint of its weights."""
@@ -806,8 +798,8 @@ class TextTower:
 
     def check(self, dit):
         """ValueError if a DiT cannot read what it gives."""
-        if dit.text_dim != self.shape[1]:
-            raise ValueError(f"the text tower of {self.where} gives {self.shape[1]} numbers a word, the DiT "
+        if dit.text_dim != self.dim:
+            raise ValueError(f"the text tower of {self.where} gives {self.dim} numbers for a text, the DiT "
                              f"reads {dit.text_dim}: name the one that it was trained with, --text_from")
 
 
@@ -1651,7 +1643,7 @@ class Captions:
         numbers = [number % len(self.texts) for number in numbers]
         y = self.tower([self.texts[number] for number in numbers])
         wanted = {k: x[numbers] for k, x in self.all.items()}
-        return {**wanted, "text_features": F.normalize(y[:, 0], dim=-1)}, y
+        return {**wanted, "text_features": F.normalize(y, dim=-1)}, y
 
     @torch.no_grad()
     def shown(self, images):

@@ -8,7 +8,7 @@ On any machine, a few minutes, on the tokenizer and the data of `python train_to
     python train_dit.py --sample 8 --checkpoint runs/text --out runs/stars --prompt "a red star on blue"
 
 The paper's run: the released VTP-L, ImageNet, 8 GPUs. Latents are cached first (1.28M images, twice, 84 GB in
-bf16; a text for each, 77 tokens of 768 numbers, would take 151 GB more):
+bf16):
     torchrun --nproc_per_node=8 train_dit.py --tokenizer MiniMaxAI/VTP-Large-f16d64 --data imagenet/train \\
         --model XL/1 --mu -0.75 --sigma 1.0 --out runs/dit-xl
 
@@ -84,8 +84,8 @@ def make_parser():
     option("--bpe", None, "path of CLIP's bpe_simple_vocab_16e6.txt.gz; default: fetched once", absolute)
 
     section("training")
-    option("--condition", "class", "what the DiT draws: a class, or a text, by what the text tower of "
-           "--text_from makes of it", choices=("class", "text"))
+    option("--condition", "class", "what the DiT draws: a class, or a text, by the feature that the text "
+           "tower of --text_from has of it", choices=("class", "text"))
     option("--text_from", None, "a tokenizer with a text tower, if it is another than --tokenizer",
            folder_or_name)
     option("--model", "tiny", f"size: {', '.join(DIT_SIZES)}", choices=DIT_SIZES)
@@ -239,7 +239,7 @@ def sampling_options(args):
 # ----- The latents, once: each image and its mirror image -------------------------------------------------
 #   00000.bin ...     parts, each written by one rank and all at once: (rows, 2, d, h, w) bfloat16, [i, 1]
 #                     mirrored (but not where the text says left or right), then a label int64 for each row,
-#                     -1: it has none, -2: it cannot be used; of texts also their features (rows, L, text_dim)
+#                     -1: it has none, -2: it cannot be used; of texts also their features (rows, text_dim)
 #   cache.json        sizes of shards, slices of each, shape, class names, and of what the latents were made
 #   latents_stats.pt  {'mean', 'std'} of shape (1, d, 1, 1), the form of the authors' files; written last
 # A shard is a tar, or SHARD_ROWS images of a folder. Part k has every slices-th row of shard k // slices from
@@ -280,7 +280,7 @@ def complete_cache(folder, source, encode, latent_shape, made_of, max_skipped=0.
         about = dict(sizes=sizes, slices=math.ceil(n_readers / len(sizes)) if is_tars else 1,
                      shape=latent_shape, class_names=source.class_names, made_of=made_of)
         if tower is not None:
-            about["text_shape"] = tower.shape
+            about["text_dim"] = tower.dim
         by_first_rank(lambda: begin_cache(folder, about))
     if differs := [k for k in {**made_of, **about["made_of"]} if about["made_of"].get(k) != made_of.get(k)]:
         raise ValueError(f"the latents in {folder} were made with another {' and '.join(differs)}: "
@@ -302,7 +302,7 @@ def read_about(folder):
     try:
         found = evaluate.read_json(os.path.join(folder, "cache.json"))
         about = {k: found[k] for k in ("sizes", "slices", "shape", "class_names", "made_of")}
-        about |= {k: found[k] for k in ("text_shape",) if k in found}
+        about |= {k: found[k] for k in ("text_dim",) if k in found}
         return about if found["digest"] == data.digest_of(json.dumps(about)) else None
     except (ValueError, KeyError, FileNotFoundError):
         return None
@@ -344,7 +344,7 @@ def row_bytes(about):
 
 def part_bytes(about, n_rows):
     """Bytes of n_rows: latents, labels, features of texts."""
-    return n_rows * (row_bytes(about) + 8 + 2 * math.prod(about.get("text_shape", [0])))
+    return n_rows * (row_bytes(about) + 8 + 2 * about.get("text_dim", 0))
 
 
 def missing_parts(folder, about):
@@ -405,7 +405,7 @@ def encode_parts(folder, about, parts, source, encode, n_workers, tower=None, ba
 def begin_part(folder, about, k):
     """A temporary file for part k, and labels and texts' features for its rows."""
     file, n_rows = open(f"{part_path(folder, k)}.{os.getpid()}.tmp", "wb"), part_rows(about, k)
-    return file, np.full(n_rows, UNUSABLE), np.zeros((n_rows, *about.get("text_shape", [0])), np.int16)
+    return file, np.full(n_rows, UNUSABLE), np.zeros((n_rows, about.get("text_dim", 0)), np.int16)
 
 
 def finish_part(folder, about, k, file, labels, features):
@@ -483,7 +483,7 @@ def finish_cache(folder, source, max_skipped, skipped):
                         f"than the share of {max_skipped} that --max_skipped allows: {skipped or ''}")
     if not len(cache):
         raise UserError(f"no sample of {source.name} has a class, which this model needs: class folders, "
-                        ".cls files, or --label" if cache.text_shape is None else
+                        ".cls files, or --label" if cache.text_dim is None else
                         f"no sample of {source.name} can be used")
     some = cache.rows[np.linspace(0, len(cache) - 1, min(len(cache), 10_000)).astype(np.int64)]
     x = cache.latents_at(some)[:, 0].double()
@@ -502,7 +502,7 @@ class LatentCache:
         about = read_about(folder)
         self.slices, self.latent_shape = about["slices"], tuple(about["shape"])
         self.starts, self.class_names = np.cumsum([0, *about["sizes"]]), about["class_names"]
-        self.text_shape = about.get("text_shape")
+        self.text_dim = about.get("text_dim")
         self.parts, self.texts, self.labels = [], [], np.empty(self.starts[-1], np.int64)
         for k in range(len(about["sizes"]) * self.slices):
             n_rows, (shard, first) = part_rows(about, k), divmod(k, self.slices)
@@ -511,12 +511,11 @@ class LatentCache:
             of_shard = self.labels[self.starts[shard]:self.starts[shard + 1]]
             start = n_rows * row_bytes(about)
             of_shard[first::self.slices] = np.fromfile(path, np.int64, n_rows, offset=start)
-            if self.text_shape is not None and n_rows:
-                shape = (n_rows, *self.text_shape)
-                self.texts.append(np.memmap(path, np.int16, "r", start + 8 * n_rows, shape))
+            if self.text_dim is not None and n_rows:
+                self.texts.append(np.memmap(path, np.int16, "r", start + 8 * n_rows, (n_rows, self.text_dim)))
             else:
                 self.texts.append(None)
-        self.rows = np.flatnonzero(self.labels > (NO_LABEL if self.text_shape is None else UNUSABLE))
+        self.rows = np.flatnonzero(self.labels > (NO_LABEL if self.text_dim is None else UNUSABLE))
         self.num_classes = max(int(self.labels.max(initial=-1)) + 1, len(self.class_names or ()))
         stats = os.path.join(folder, "latents_stats.pt")
         self.mean, self.std = evaluate.read_latent_stats(stats) if os.path.isfile(stats) else (None, None)
@@ -530,8 +529,8 @@ class LatentCache:
         return self.found_in(self.parts, rows)
 
     def conditions_at(self, rows):
-        """What a DiT draws of rows (b,): labels int64 (b,), or texts bfloat16 (b, L, text_dim)."""
-        if self.text_shape is None:
+        """What a DiT draws of rows (b,): labels int64 (b,), or texts' features bfloat16 (b, text_dim)."""
+        if self.text_dim is None:
             return torch.from_numpy(self.labels[rows])
         return self.found_in(self.texts, rows)
 
@@ -564,7 +563,7 @@ def make_batch(args, step, latents, y, mean, std, null):
     (seed, step).
 
     latents (b, 2, d, h, w), an image's and its mirror image's, which half of them are with --mirror;
-    y: labels (b,) or texts (b, L, text_dim); null: the number that some of them become."""
+    y: labels (b,) or texts' features (b, text_dim); null: the number that some of them become."""
     generator, B = data.step_generator(args.seed, step, latents.device), args.batch_size
     drawn = dict(generator=generator, device=latents.device)
     normals, (is_mirrored, is_dropped) = torch.randn(B, **drawn), torch.rand(2, B, **drawn)
@@ -612,8 +611,8 @@ def build_state(args, cache, device):
     torch.manual_seed(args.seed)
     d, h, _ = cache.latent_shape
     condition = dict(num_classes=cache.num_classes)
-    if cache.text_shape is not None:
-        condition = dict(text_dim=cache.text_shape[-1])
+    if cache.text_dim is not None:
+        condition = dict(text_dim=cache.text_dim)
     sizes = dict(**DIT_SIZES[args.model], input_size=h, in_channels=d, use_qk_norm=args.qk_norm, **condition)
     model, ema = DiT(**sizes).to(device), DiT(**sizes).to(device).requires_grad_(False)
     ema.load_state_dict(model.state_dict())
@@ -716,7 +715,7 @@ def train(args, device):
 
 
 def texts_to_show(args, source, tower, n=8):
-    """Captions for pictures, of held-out scenes where the set is the built-in one, and what a DiT reads."""
+    """Captions for pictures, of held-out scenes where the set is the built-in one, and their features."""
     if args.data is None:
         source = data.open_source(None, 8, "val")
     captions = data.load_evaluation_set(source, 8 * n, whole=True)[1][:n]      # some may be unusable

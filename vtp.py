@@ -531,16 +531,12 @@ class VTP(nn.Module):
         features = self.project_image(*self.features(images))
         return F.normalize(features, dim=-1) if normalize else features
 
-    def encode_tokens(self, tokens):
-        """-> what the text tower makes of each of tokens (B, L), before ln_final: (B, L, text_embed_dim)."""
+    def encode_text(self, tokens, normalize=True):
+        """The same for tokens (B, L), padded with 0; L at most the context length."""
         if not self.config.train_clip:
             raise RuntimeError("no text tower: train_clip = False")
         x = self.token_embedding(tokens) + self.positional_embedding[:tokens.shape[1]]
-        return self.text_transformer(x)
-
-    def encode_text(self, tokens, normalize=True):
-        """The same for tokens (B, L), padded with 0; L at most the context length."""
-        x = self.encode_tokens(tokens)
+        x = self.text_transformer(x)  # (B, L, dim)
         # Only the end token, which has the highest id, is read, so only it needs the norm.
         end = tokens.argmax(dim=-1)[:, None, None].expand(-1, 1, x.shape[-1])
         features = self.ln_final(x.gather(1, end).squeeze(1)) @ self.text_projection
