@@ -1010,6 +1010,10 @@ def test_prompts_belong_to_texts(micro_model, finished, from_text, tmp_path, cap
         with pytest.raises(SystemExit):
             sample_into(tmp_path / "a", run_folder, *more)
         assert "--prompt belongs to --sample of a DiT that draws texts" in capsys.readouterr().err
+    (tmp_path / "empty.txt").write_text("\n \n")
+    with pytest.raises(SystemExit):
+        sample_into(tmp_path / "a", from_text, "--prompt", str(tmp_path / "empty.txt"))
+    assert "no text in that file" in capsys.readouterr().err
     VTP(micro_config(train_clip=False)).save_pretrained(str(tmp_path / "blind"))
     arguments = ["--tokenizer", str(tmp_path / "blind"), "--condition", "text", "--out", str(tmp_path / "o")]
     with pytest.raises(SystemExit):
@@ -1104,10 +1108,11 @@ def test_the_judge_learns_and_is_cached(tmp_path):
 
 
 @pytest.mark.gpu
-def test_captured_step_equals_the_eager_one(micro_model, finished):
-    results = []
+@pytest.mark.parametrize("compiled", [False, True])
+def test_captured_step_equals_the_eager_one(micro_model, finished, compiled):
+    results, more = [], ["--compile" if compiled else "--no-compile"]
     for graph in (False, True):
-        _, state, make_batch = setting(micro_model, finished, "--no-compile", device="cuda")
+        _, state, make_batch = setting(micro_model, finished, *more, device="cuda")
         step_fn = train_dit.CapturedStep(lambda batch: train_dit.train_step(state, batch), graph)
         for step in range(15):
             train_dit.set_lr(state, step, 100)
