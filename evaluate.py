@@ -15,8 +15,8 @@ The paper's finding in small: tokenizers of four kinds and four levels of comput
     python evaluate.py --study runs/study --hours 2
 
 It prints a table and leaves results.json and pictures in --out. A DiT of texts is measured on held-out
-captions: do they find their images, and of the built-in set, do images show the shape, colour, size, place and
-background that their captions name.
+captions: do they find their images, and of the built-in set, do images show the shape, colour, size, place
+and background that their captions name.
 """
 import hashlib
 import itertools
