@@ -183,7 +183,8 @@ class FolderSource:
         if with_captions:
             sidecars = [Path(path).with_suffix(".txt") for path, _ in self.files]
             sidecars = [path for path in sidecars if path.is_file()]
-            files += [*self.class_names, *map(str, sidecars), *file_states(sidecars)]
+            names = [os.path.relpath(path, self.name) for path in sidecars]
+            files += [*self.class_names, *names, *file_states(sidecars)]
         return digest_of("folder", *files)
 
     def load(self, index, draft, rng):

@@ -1622,7 +1622,7 @@ class Captions:
         self.canvases, texts, labels = held_out
         self.tower, self.device, self.judge = TextTower(args.text_from, device, args.bpe), device, None
         own = dict(labels=labels, caption_ids=caption_ids(texts))
-        if args.data is None:
+        if isinstance(val_source, data.BuiltinSource):
             path, sizes = "_attributes".join(os.path.splitext(args.judge)), map(len, data.ATTRIBUTES.values())
             self.judge = open_judge(path, source, tuple(sizes), device)
             order = permutation(0, 0, len(val_source))      # as load_evaluation_set has it

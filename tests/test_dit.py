@@ -990,6 +990,11 @@ def test_new_captions_of_a_folder_make_new_features(tmp_path):
     (tmp_path / "d" / "ants" / "1.txt").write_text("two ants")
     second, third = fingerprints(), fingerprints(["wasps"])
     assert first[0] == second[0] == third[0] and len({first[1], second[1], third[1]}) == 3
+    shutil.copytree(tmp_path / "d", tmp_path / "e", copy_function=shutil.copy2)     # a copy is the same
+    shutil.rmtree(tmp_path / "d")
+    os.rename(tmp_path / "e", tmp_path / "moved")
+    moved = data.FolderSource(str(tmp_path / "moved"), 8)
+    assert (moved.fingerprint(), moved.fingerprint(with_captions=True)) == second
 
 
 def test_a_run_resumes_without_options_that_it_did_not_know(micro_model, finished, tmp_path, capsys):
