@@ -74,7 +74,7 @@ FREEZE_PROTOTYPES = 0.01        # the head's last layer rests for this part (DIN
 HEAD_SIZE = (2048, 256)         # hidden and output width of the SSL head's MLP (DINOv2, and the paper)
 TINY_HEAD_SIZE = (512, 128)
 NOT_IN_STAGE_2 = ("lambda_rec", "lambda_ssl", "lambda_clip", "drop_path", "bottleneck_ae_only",
-                  "rec_batch_size")         # of the options
+                  "rec_batch_size", "micro_batch")          # of the options
 HEAD_ROWS = 1024                # of the SSL head's at a time with --checkpoint_blocks: 256 MiB of logits
 
 
@@ -143,6 +143,8 @@ def make_parser():
     option("--batch_size", 1024, "pairs a step over all ranks: CLIP's (paper: 16k)", count, tiny=64)
     option("--ssl_batch_size", None, "of them for SSL; default: a quarter (paper), in tiny an eighth", count)
     option("--rec_batch_size", None, "of them to decode; default: an eighth (paper), all if tiny", count)
+    option("--micro_batch", None, "pairs of a rank whose graph is held at once: less memory, the same "
+           "gradients, features computed twice (GradCache); default: all", count)
     option("--seed", 0, "of initialisation, data order and every draw of a step", whole)
 
     section("recipe: one AdamW for all; schedules are fractions of the run")
@@ -212,29 +214,40 @@ def read_settings(argv=None):
 
 
 def follow_batch_size(args, is_tiny):
-    """Defaults that depend on the batch: the subsets, in equal shares of the ranks, and the rate."""
-    B, W, is_autoencoder = args.batch_size, world_size(), args.lambda_clip == args.lambda_ssl == 0
+    """Defaults that depend on the batch: the subsets, in equal shares of the ranks' chunks, and the rate."""
+    B, is_autoencoder = args.batch_size, args.lambda_clip == args.lambda_ssl == 0
+    n_parts = world_size() * n_chunks(args)
     if args.ssl_batch_size is None:
-        args.ssl_batch_size = max(B // (8 if is_tiny else 4) // (2 * W), 1) * 2 * W
+        args.ssl_batch_size = max(B // (8 if is_tiny else 4) // (2 * n_parts), 1) * 2 * n_parts
     if args.rec_batch_size is None:
-        args.rec_batch_size = max(B // (1 if is_tiny or is_autoencoder else 8) // W, 1) * W
+        args.rec_batch_size = max(B // (1 if is_tiny or is_autoencoder else 8) // n_parts, 1) * n_parts
     if args.lr is None:
         args.lr = 2e-4 * math.sqrt(B / 1024)
 
 
+def n_chunks(args):
+    """In how many chunks a rank takes its share of the batch."""
+    share_of_rank = max(args.batch_size // world_size(), 1)
+    return max(share_of_rank // (args.micro_batch or share_of_rank), 1)
+
+
 def check(parser, args):
     """Raises ValueError or FileNotFoundError that says what to change."""
-    W = world_size()
+    W, n = world_size(), n_chunks(args)
     if args.lambda_rec == args.lambda_ssl == args.lambda_clip == 0:
         raise ValueError("nothing to train: all of --lambda_rec, --lambda_ssl and --lambda_clip are 0")
     if args.hold_out_pairs and args.data is not None:
         raise ValueError("--hold_out_pairs is of the built-in set, not of --data")
     if args.samples < args.batch_size:
         raise ValueError(f"{parser.said('samples', args)} is less than one batch of {args.batch_size}")
-    ranks, pairs = "the number of ranks", "twice the number of ranks (masks are drawn in pairs of samples)"
-    for name, divisor, what, is_used in (("batch_size", W, ranks, True),
-                                         ("rec_batch_size", W, ranks, args.lambda_rec > 0),
-                                         ("ssl_batch_size", 2 * W, pairs, args.lambda_ssl > 0)):
+    if args.micro_batch and args.batch_size != args.micro_batch * n * W:
+        raise ValueError(f"--batch_size {args.batch_size}: must be a multiple of {args.micro_batch * W}, "
+                         "--micro_batch times the number of ranks")
+    ranks = "the number of ranks" if n == 1 else f"the number of ranks times {n} chunks"
+    pairs = f"twice {ranks} (masks are drawn in pairs of samples)"
+    for name, divisor, what, is_used in (("batch_size", W * n, ranks, True),
+                                         ("rec_batch_size", W * n, ranks, args.lambda_rec > 0),
+                                         ("ssl_batch_size", 2 * W * n, pairs, args.lambda_ssl > 0)):
         size = getattr(args, name)
         if is_used and (size % divisor or size > args.batch_size):
             raise ValueError(f"{parser.said(name, args)}: must be a multiple of {divisor}, {what}, and at "
@@ -249,38 +262,50 @@ def check(parser, args):
 def make_views(args, config, step, images, tokens):
     """A dict of tensors of static shape, made on the device from (seed, step) for the global batch.
     images (b, 3, C, C) uint8 and tokens (b, L) are this rank's samples. CLIP takes all, SSL and
-    reconstruction the first ones: the loader shuffles, so a prefix is a random subset."""
+    reconstruction the first ones: the loader shuffles, so a prefix is a random subset. Each tensor's first
+    axis is that of the chunks of --micro_batch; the next one starts with the samples of one crop."""
     generator = data.step_generator(args.seed, step, images.device)
-    b_ssl, b_rec = args.ssl_batch_size // world_size(), args.rec_batch_size // world_size()
+    b_ssl, b_rec, n = args.ssl_batch_size // world_size(), args.rec_batch_size // world_size(), n_chunks(args)
     grid, depth, views = config.image_size // config.vision_patch_size, config.vision_depth, {}
     if args.lambda_clip > 0 or args.lambda_rec > 0:
         n_decoded = b_rec if args.lambda_rec > 0 else 0
         view = data.clip_view(images, generator, args.batch_size, config.image_size, n_decoded)
-        views["images"] = view if args.lambda_clip > 0 else view[:b_rec]
-        views["keep"] = draw_keep(generator, depth, 1, args.batch_size, len(views["images"]), args.drop_path)
+        views["images"] = in_chunks(view if args.lambda_clip > 0 else view[:b_rec], n)
+        views["keep"] = draw_keep(generator, args.batch_size, args.drop_path, depth, views["images"])
     if args.lambda_clip > 0:
-        views["tokens"] = tokens
+        views["tokens"] = in_chunks(tokens, n)
     if args.lambda_ssl > 0:
         B, n_local, drop_path = args.ssl_batch_size, args.n_local, args.drop_path_ssl
         local_size = max(1, math.floor(grid * 3 / 8 + 0.5)) * config.vision_patch_size      # 96 of 256
         crops = data.ssl_views(images[:b_ssl], generator, B, config.image_size, local_size, n_local)
-        views["global_crops"], views["local_crops"] = crops
-        masks = views["masks"] = data.draw_masks(generator, B, (grid, grid), MASK_RATIO)             # (2b, N)
-        # where the masked patches are among all 2b N, as nonzero would say; draw_masks fixes their number
-        n_masked = b_ssl * round(sum(MASK_RATIO) * grid * grid) // 2
-        views["mask_indices"] = masks.flatten().int().argsort(descending=True, stable=True)[:n_masked]
-        views["keep_global"] = draw_keep(generator, depth, 2, B, 2 * b_ssl, drop_path)
-        views["keep_local"] = draw_keep(generator, depth, n_local, B, n_local * b_ssl, drop_path)
+        views["global_crops"], views["local_crops"] = (in_chunks(x, n, len(x) // b_ssl) for x in crops)
+        masks = in_chunks(data.draw_masks(generator, B, (grid, grid), MASK_RATIO), n, 2)
+        views["masks"] = masks                                                      # (n, 2b / n, N)
+        # where the masked patches are among a chunk's, as nonzero would say; draw_masks fixes their number
+        n_masked = b_ssl // n * round(sum(MASK_RATIO) * grid * grid) // 2
+        indices = masks.flatten(1).int().argsort(dim=1, descending=True, stable=True)
+        views["mask_indices"] = indices[:, :n_masked]
+        views["keep_global"] = draw_keep(generator, B, drop_path, depth, views["global_crops"], 2)
+        views["keep_local"] = draw_keep(generator, B, drop_path, depth, views["local_crops"], n_local)
     return {k: v for k, v in views.items() if v is not None}
 
 
-def draw_keep(generator, depth, n_crops, batch_size, n_images, drop_path):
-    """Stochastic depth: which of this rank's n_images each branch processes, (depth, 2, kept), or None."""
+def in_chunks(x, n, n_crops=1):
+    """Rows of all samples, crop by crop, (n_crops b, ...) -> those of every n-th, (n, n_crops b / n, ...).
+    So each chunk, as each rank, has its share of the decoded samples and of masked patches."""
+    return x.unflatten(0, (n_crops, -1, n)).movedim(2, 0).flatten(1, 2)
+
+
+def draw_keep(generator, batch_size, drop_path, depth, images, n_crops=1):
+    """Stochastic depth: which of a chunk's images (n, m, ...), n_crops of each sample, each branch processes,
+    (n, depth, 2, kept), or None."""
     if drop_path == 0:
         return None
+    n, m = images.shape[:2]
     keys = torch.rand(2 * depth, n_crops, batch_size, generator=generator, device=generator.device)
-    keys = data.own_share(keys).flatten(1)[:, :n_images]
-    return keys.argsort(dim=1)[:, :samples_kept(n_images, drop_path)].view(depth, 2, -1)
+    keys = data.own_share(keys)[..., :n * m // n_crops].flatten(1).T            # (n m, 2 depth)
+    keys = in_chunks(keys, n, n_crops).transpose(1, 2)                          # (n, 2 depth, m)
+    return keys.argsort(dim=2)[..., :samples_kept(m, drop_path)].unflatten(1, (depth, 2))
 
 
 # ----- The objectives: views and the teacher's targets -> losses ------------------------------------------
@@ -291,47 +316,52 @@ class Objectives(nn.Module):
         super().__init__()
         self.model, self.head, self.lpips, self.args = model, head, lpips, args
 
-    def forward(self, views, targets):
-        """-> {name: loss}. targets: teacher_targets, or None without SSL."""
-        model, args, losses = self.model, self.args, {}
+    def forward(self, views, targets, only_features=False):
+        """-> {name: loss} of losses that are means over samples, and {name: rows} of the features that
+        compare_samples takes. targets: teacher_targets, or None without SSL."""
+        model, args, losses, features = self.model, self.args, {}, {}
         device_type = model.trunk.cls_token.device.type
         autocast = torch.autocast(device_type, torch.bfloat16, enabled=args.precision == "bf16")
-        if "images" in views:       # one encoder pass serves CLIP and reconstruction
-            images, b_rec = views["images"], args.rec_batch_size // world_size()
+        is_decoded = args.lambda_rec > 0 and not only_features
+        if args.lambda_clip > 0 or is_decoded:      # one encoder pass serves CLIP and reconstruction
+            images, b_rec = views["images"], args.rec_batch_size // world_size() // n_chunks(args)
             with autocast:
                 cls, patches = model.features(images, keep=views.get("keep"))
                 if args.lambda_clip > 0:
                     image_features = model.project_image(cls, patches)
                     text_features = model.encode_text(views["tokens"], normalize=False)
-                if args.lambda_rec > 0:
+                if is_decoded:
                     latents = model.to_latents(patches[:b_rec], *images.shape[-2:])
                     reconstruction = model.decode(latents)
             if args.lambda_clip > 0:
-                normed = (F.normalize(x.float(), dim=-1) for x in (image_features, text_features))
-                losses["clip"] = clip_loss(*normed, model.logit_scale.exp())
-            if args.lambda_rec > 0:     # on [-1, 1]
+                features.update(images=F.normalize(image_features.float(), dim=-1),
+                                texts=F.normalize(text_features.float(), dim=-1),
+                                logit_scale=model.logit_scale.exp().expand(len(images)))
+            if is_decoded:              # on [-1, 1]
                 pair = (2 * denormalize(x.float()) - 1 for x in (reconstruction, images[:b_rec]))
                 with autocast:
                     losses["rec"] = reconstruction_loss(*pair, self.lpips)
         if args.lambda_ssl > 0:
-            losses.update(self.ssl(views, targets, autocast))
-        return losses
+            with autocast:
+                cls, patches = model.features(views["global_crops"], views["masks"], views.get("keep_global"))
+                if not only_features:
+                    losses.update(self.ssl(cls, patches, views, targets))
+            features["first_crops"], features["second_crops"] = cls.chunk(2)
+        return losses, features
 
-    def ssl(self, views, targets, autocast):
-        """Student on masked global and on local crops; targets: (2b, K) of CLS, (M, K) of masked patches."""
-        model, (cls_targets, patch_targets) = self.model, targets
+    def ssl(self, cls, patches, views, targets):
+        """Student's tokens of masked global crops, and local ones; targets: (2b, K) of CLS, (M, K) of masked
+        patches."""
+        cls_targets, patch_targets = targets
         b = len(cls_targets) // 2
         # a student's global crop against the teacher's other one, a local one against the mean of both
         crossed = cls_targets.view(2, b, -1).flip(0)
         local_targets = crossed.mean(dim=0).repeat(self.args.n_local, 1)
-        with autocast:
-            cls, patches = model.features(views["global_crops"], views["masks"], views.get("keep_global"))
-            local_cls, _ = model.features(views["local_crops"], keep=views.get("keep_local"))
-            of_global = self.cross_entropies(cls, crossed.flatten(0, 1))
-            of_local = self.cross_entropies(local_cls, local_targets)
-            of_patches = self.cross_entropies(masked_patches(patches, views), patch_targets)
-        return dict(dino=dino_loss(of_global, of_local), mim=ibot_loss(of_patches, views["masks"]),
-                    koleo=koleo_loss(cls[:b]) + koleo_loss(cls[b:]))
+        local_cls, _ = self.model.features(views["local_crops"], keep=views.get("keep_local"))
+        of_global = self.cross_entropies(cls, crossed.flatten(0, 1))
+        of_local = self.cross_entropies(local_cls, local_targets)
+        of_patches = self.cross_entropies(masked_patches(patches, views), patch_targets)
+        return dict(dino=dino_loss(of_global, of_local), mim=ibot_loss(of_patches, views["masks"]))
 
     def cross_entropies(self, rows, targets):
         """Of the head on tokens (M, dim) against targets (M, K): (M,). With --checkpoint_blocks the logits of
@@ -342,6 +372,23 @@ class Objectives(nn.Module):
         size = HEAD_ROWS if is_recomputed else len(rows)
         chunks = zip(rows.split(size), targets.split(size))
         return torch.cat([run_block(of_chunk, is_recomputed, *chunk) for chunk in chunks])
+
+
+def compare_samples(features):
+    """The losses that compare the samples of the whole batch with one another -> {name: loss}."""
+    losses = {}
+    if "texts" in features:
+        losses["clip"] = clip_loss(features["images"], features["texts"], features["logit_scale"][0])
+    if "first_crops" in features:
+        losses["koleo"] = koleo_loss(features["first_crops"]) + koleo_loss(features["second_crops"])
+    return losses
+
+
+def weighted_sum(losses, args):
+    """L, or the part of it that these losses make."""
+    clip, rec, dino, mim, koleo = (losses.get(k, 0.0) for k in ("clip", "rec", "dino", "mim", "koleo"))
+    return (args.lambda_rec * rec + args.lambda_ssl * (dino + mim + KOLEO_WEIGHT * koleo)
+            + args.lambda_clip * clip)
 
 
 def masked_patches(patches, views):
@@ -355,14 +402,18 @@ def ssl_logits(config, trunk, head, rows):
 
 
 @torch.no_grad()
-def teacher_targets(state, views):
-    """The EMA teacher on unmasked global crops -> probabilities of CLS (2b, K), of masked patches (M, K)."""
-    teacher, args = state.teacher, state.args
-    with torch.autocast(views["masks"].device.type, torch.bfloat16, enabled=args.precision == "bf16"):
-        cls, patches = teacher["trunk"](views["global_crops"])[-1]
-        logits = [ssl_logits(state.config, teacher["trunk"], teacher["head"], rows)
-                  for rows in (cls, masked_patches(patches, views))]
-    return tuple(sinkhorn_knopp(x, state.scheduled["teacher_temp"]) for x in logits)
+def teacher_targets(state, chunks):
+    """The EMA teacher on unmasked global crops -> for each chunk, probabilities of CLS (2b, K) and of masked
+    patches (M, K); Sinkhorn's are over all chunks and ranks."""
+    teacher, args, rows = state.teacher, state.args, []
+    with torch.autocast(chunks[0]["masks"].device.type, torch.bfloat16, enabled=args.precision == "bf16"):
+        for views in chunks:
+            cls, patches = teacher["trunk"](views["global_crops"])[-1]
+            rows.append((cls, masked_patches(patches, views)))
+        logits = [ssl_logits(state.config, teacher["trunk"], teacher["head"], torch.cat(x))
+                  for x in zip(*rows)]
+    probs = (sinkhorn_knopp(x, state.scheduled["teacher_temp"]) for x in logits)
+    return list(zip(*(x.chunk(len(chunks)) for x in probs)))
 
 
 # ----- State: the model, the teacher, the optimiser and its schedules -------------------------------------
@@ -538,23 +589,51 @@ def set_schedules(state, step, n_steps):
 
 def forward_backward(state, views):
     """Gradients of a step's losses -> the loss, and what the log shows: {name: 0-d tensor}."""
-    return (stage_2_gradients if state.args.stage == 2 else stage_1_gradients)(state, views)
+    chunks = [dict(zip(views, tensors)) for tensors in zip(*views.values())]
+    return stage_2_gradients(state, *chunks) if state.args.stage == 2 else stage_1_gradients(state, chunks)
 
 
-def stage_1_gradients(state, views):
+def stage_1_gradients(state, chunks):
     """The teacher's targets, the student's losses, the gradient of their weighted sum."""
     args = state.args
-    targets = teacher_targets(state, views) if args.lambda_ssl > 0 else None
-    losses = state.objectives(views, targets)
-
-    lambda_rec, lambda_ssl, lambda_clip = args.lambda_rec, args.lambda_ssl, args.lambda_clip
-    clip, rec, dino, mim, koleo = (losses.get(k, 0.0) for k in ("clip", "rec", "dino", "mim", "koleo"))
-    loss = lambda_rec * rec + lambda_ssl * (dino + mim + KOLEO_WEIGHT * koleo) + lambda_clip * clip
-    loss.backward()
-    values = {f"loss_{name}": x.detach() for name, x in losses.items()}
+    targets = teacher_targets(state, chunks) if args.lambda_ssl > 0 else [None] * len(chunks)
+    if len(chunks) == 1:
+        losses, features = state.objectives(chunks[0], targets[0])
+        losses |= compare_samples(features)
+        weighted_sum(losses, args).backward()
+    else:
+        losses = gradients_by_chunks(state, chunks, targets)
+    values = {f"loss_{name}": losses[name].detach() for name in ("clip", "rec", "dino", "mim", "koleo")
+              if name in losses}
     if args.lambda_ssl > 0:
-        values["teacher_entropy"] = torch.special.entr(targets[0]).sum(dim=-1).mean()
-    return loss.detach(), values
+        entropies = [torch.special.entr(of_cls).sum(dim=-1).mean() for of_cls, _ in targets]
+        values["teacher_entropy"] = torch.stack(entropies).mean()
+    return weighted_sum(losses, args).detach(), values
+
+
+def gradients_by_chunks(state, chunks, targets):
+    """The same with the graph of one chunk at a time (GradCache, Gao et al. 2021) -> {name: loss}. First all
+    features, without a graph, and the gradient at them of the losses that compare samples; then each chunk
+    again, whose backward starts from that gradient and its own losses. Ranks exchange gradients once."""
+    args, n = state.args, len(chunks)
+    with torch.no_grad():
+        parts = [state.objectives(views, None, only_features=True)[1] for views in chunks]
+    features = {name: torch.cat([part[name] for part in parts]).requires_grad_() for name in parts[0]}
+    losses, grads = compare_samples(features), []
+    if features:
+        grads = torch.autograd.grad(weighted_sum(losses, args), list(features.values()))
+    grads = [grad.chunk(n) for grad in grads]
+    for i, (views, of_teacher) in enumerate(zip(chunks, targets)):
+        waits = i < n - 1 and dist.is_initialized()
+        with state.objectives.no_sync() if waits else contextlib.nullcontext():
+            own, features = state.objectives(views, of_teacher)
+            starts = [(x, grad[i]) for x, grad in zip(features.values(), grads)]
+            if own:
+                starts.append((weighted_sum(own, args) / n, None))
+            torch.autograd.backward(*zip(*starts))
+        for name, loss in own.items():
+            losses[name] = losses.get(name, 0.0) + loss.detach() / n
+    return losses
 
 
 def stage_2_gradients(state, views):
@@ -743,7 +822,7 @@ def measure_now(state, tokenize, held_out, gallery, args, step):
 # ----- Shared with train_dit.py: settings -----------------------------------------------------------------
 
 MAY_CHANGE_ON_RESUME = {"out", "resume", "workers", "log_every", "eval_every", "checkpoint_every", "compile",
-                        "cuda_graph", "max_skipped",
+                        "cuda_graph", "max_skipped", "micro_batch",
                         "lr", "clip_grad", "precision"}     # for a run that was not finite
 
 
@@ -1147,7 +1226,7 @@ class Log:
     """metrics.jsonl, the same on screen, and the progress bar, all by rank 0. Rows have the fields
 
     kind                  train (means since the last row) or eval (held-out data: see evaluate.measure)
-    step, samples, flops  so far, over all ranks; with --checkpoint_blocks recomputation counts, too
+    step, samples, flops  so far, over all ranks, with what --checkpoint_blocks or --micro_batch compute again
     loss, loss_clip, loss_rec, loss_dino, loss_mim, loss_koleo, logit_scale
     grad_norm             of all, before clipping; and _encoder, _decoder, _text, _head, _discriminator
     loss_gan, loss_discriminator, adaptive_weight, logits_real, logits_fake, discriminator_accuracy: stage 2;

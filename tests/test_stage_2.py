@@ -78,9 +78,9 @@ def test_gradients_are_those_of_both_losses_and_none_leaks(micro_model, tmp_path
     ours = [p.grad.clone() for _, p in state.parameters]
     assert all(p.grad is None for p in state.model.parameters())
 
-    decoder, discriminator = state.student, state.discriminator
-    latents = state.model.encode(batch["images"]).detach()
-    fake, real = (2 * denormalize(x) - 1 for x in (decoder(latents), batch["images"]))
+    decoder, discriminator, (images,) = state.student, state.discriminator, batch["images"]
+    latents = state.model.encode(images).detach()
+    fake, real = (2 * denormalize(x) - 1 for x in (decoder(latents), images))
     rec, logits = reconstruction_loss(fake, real, state.lpips), discriminator.layers(fake)
     assert (state.lpips is not None) == ("LPIPS" in kind)
     last = decoder.proj_out.weight

@@ -54,6 +54,11 @@ def setting(micro_model, out, *more, device="cpu", common=FAST):
     return args, config, state, lambda step: train.make_views(args, config, step, images, tokens)
 
 
+def chunks_of(views):
+    """[views of a chunk]"""
+    return [dict(zip(views, tensors)) for tensors in zip(*views.values())]
+
+
 def everything_in(state):
     """Copies of all tensors that training changes."""
     modules = state.modules().values()
@@ -326,8 +331,9 @@ def test_dino_loss_pairs_each_student_view_with_every_teacher_view_of_another_cr
     args, config, state, views = setting(micro_model, tmp_path / "o")
     views = views(0)
     train.set_schedules(state, 0, 10)
-    targets = train.teacher_targets(state, views)
-    losses = state.objectives(views, targets)
+    views, = chunks_of(views)
+    targets, = train.teacher_targets(state, [views])
+    losses, _ = state.objectives(views, targets)
     model, masks, b = state.model, views["masks"], 2
 
     def cross_entropy(teacher, student):
@@ -418,6 +424,75 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(micro_model, t
     train.train_step(state, broken)
     with pytest.raises(RuntimeError, match="not finite in all of the last 1 steps"):
         log.write_train(3, state.totals, scheduled, {})
+
+
+# ----- Batches beyond memory ------------------------------------------------------------------------------
+
+def joined(views, args):
+    """Views of several chunks as one: every n-th sample is of the same chunk."""
+    def join(x, n_crops):
+        return x.unflatten(1, (n_crops, -1)).movedim(0, 2).flatten(0, 2)[None]
+
+    def join_keep(keep, n_crops, m):        # rows of a chunk -> rows of the whole
+        n = len(keep)
+        crop, sample = keep // m, keep % m
+        rows = crop * m * n + sample * n + torch.arange(n)[:, None, None, None]
+        return rows.movedim(0, 2).flatten(2)[None]
+    n_crops = dict(global_crops=2, masks=2, local_crops=args.n_local)
+    names = [k for k in views if "keep" not in k and k != "mask_indices"]
+    whole = {k: join(views[k], n_crops.get(k, 1)) for k in names}
+    for name, of in dict(keep="images", keep_global="global_crops", keep_local="local_crops").items():
+        if name in views:
+            crops = n_crops.get(of, 1)
+            whole[name] = join_keep(views[name], crops, views[of].shape[1] // crops)
+    if "masks" in whole:
+        whole["mask_indices"] = whole["masks"].flatten().nonzero().T
+    return whole
+
+
+@pytest.mark.parametrize("more", [
+    [], ["--drop_path", "0.5", "--drop_path_ssl", "0.5"], ["--checkpoint_blocks"], AUTOENCODER,
+    ["--lambda_clip", "0"], ["--lambda_ssl", "0", "--lambda_rec", "0"]], ids=lambda more: " ".join(more))
+def test_chunks_have_the_losses_and_gradients_of_the_whole_batch(micro_model, tmp_path, more,
+                                                                 rotation_in_fp32):
+    sizes = ["--batch_size", "16", "--ssl_batch_size", "8", "--rec_batch_size", "8", *more]
+    results = []
+    chunks = setting(micro_model, tmp_path / "o", *sizes, "--micro_batch", "4")[3](0)
+    for micro_batch in ("16", "4"):
+        args, _, state, views = setting(micro_model, tmp_path / "o", *sizes, "--micro_batch", micro_batch)
+        views = views(0)
+        if micro_batch == "16":
+            whole = joined(chunks, args)
+            if "--drop_path" not in more:       # which samples a branch keeps, each chunk draws for itself
+                assert whole.keys() == views.keys()
+                assert all(torch.equal(x, views[k]) for k, x in whole.items())
+            views = whole
+        assert all(len(x) == 16 // int(micro_batch) for x in views.values())
+        train.set_schedules(state, 0, 10)
+        loss, values = train.forward_backward(state, views)
+        results.append((dict(loss=loss, **values), {name: p.grad for name, p in state.parameters}))
+    (whole, whole_grads), (in_chunks, grads) = results
+    assert in_chunks.keys() == whole.keys() and grads.keys() == whole_grads.keys()
+    for name, right in whole.items():           # fp32 sums in another order
+        torch.testing.assert_close(in_chunks[name], right, atol=1e-5, rtol=1e-5, msg=lambda m: f"{name}: {m}")
+    for name, right in whole_grads.items():     # of gradients whose largest is taken as the size
+        size = right.abs().max().item()
+        assert size > 0 or "prototype" in name or name == "trunk.mask_token" and "--lambda_clip" in more, name
+        torch.testing.assert_close(grads[name], right, atol=1e-5 * size, rtol=1e-4,
+                                   msg=lambda m: f"{name}: {m}")
+
+
+def test_an_eighth_of_the_batch_at_a_time_takes_less_than_half_of_the_memory(micro_model, tmp_path):
+    sizes, peaks = ["--samples", "64", "--batch_size", "64", "--ssl_batch_size", "16"], []
+    for micro_batch in ("64", "8"):
+        _, _, state, views = setting(micro_model, tmp_path / "o", *sizes, "--rec_batch_size", "8",
+                                     "--micro_batch", micro_batch)
+        views = views(0)
+        train.forward_backward(state, views)        # gradients exist
+        with LiveBytes() as mode:
+            train.forward_backward(state, views)
+        peaks.append(mode.peak)
+    assert peaks[1] < peaks[0] / 2
 
 
 # ----- Runs that stop, and ranks --------------------------------------------------------------------------
@@ -526,21 +601,22 @@ train_tokenizer.main()
 """
 
 
-@pytest.mark.parametrize("rotation", ["fp32", "bf16"])
+@pytest.mark.parametrize("rotation", ["fp32", "bf16", "fp32, in chunks"])
 def test_two_ranks_have_the_loss_curve_of_one(micro_model, tmp_path, rotation):
     """With everything in fp32, RoPE's rotation too, and with the rotation in bfloat16 as released models
     have it."""
     script = tmp_path / "script.py"
-    script.write_text(RANKS_SCRIPT.format(root=ROOT, in_fp32=rotation == "fp32"))
+    script.write_text(RANKS_SCRIPT.format(root=ROOT, in_fp32=rotation != "bf16"))
     common = [script, "--init", micro_model, *FAST, "--samples", "160", "--batch_size", "8",
-              "--ssl_batch_size", "4", "--rec_batch_size", "4", "--eval_every", "20", "--lr", "3e-4"]
+              "--ssl_batch_size", "8", "--rec_batch_size", "4", "--eval_every", "20", "--lr", "3e-4"]
     fields = ("loss", "loss_clip", "loss_rec", "loss_dino", "loss_mim", "loss_koleo")
     for n in (1, 2):
-        done = run_script([*common, "--out", tmp_path / f"r{n}"], n_ranks=n)
+        more = ["--micro_batch", "2"] if n == 2 and rotation == "fp32, in chunks" else []
+        done = run_script([*common, *more, "--out", tmp_path / f"r{n}"], n_ranks=n)
         assert "Warning" not in done.stderr      # of a gradient that DDP must copy, of a deprecated call
     one, two = (torch.tensor(rows_of(tmp_path / f"r{n}", "train", *fields)) for n in (1, 2))
     assert len(one) == 20 and (one[0, 1] - one[-1, 1]).abs() > 0.5
-    if rotation == "fp32":
+    if rotation != "bf16":
         # losses of up to 10 in fp32, each of features that differ by 2e-6
         torch.testing.assert_close(two, one, atol=2e-5, rtol=0)
     else:
@@ -551,7 +627,7 @@ def test_two_ranks_have_the_loss_curve_of_one(micro_model, tmp_path, rotation):
     measures = [evaluate.read_metrics(str(tmp_path / f"r{n}"))[-1] for n in (1, 2)]
     # in dB: 8.7 times the relative change of the error, which is at most that of the losses
     assert measures[0]["psnr"] == pytest.approx(measures[1]["psnr"], abs=2e-2)
-    assert measures[0]["flops"] == measures[1]["flops"]
+    assert measures[0]["flops"] == measures[1]["flops"] or more     # chunks compute features twice
 
 
 def test_a_run_drops_its_graph_before_it_leaves_and_times_the_loader_alone(micro_model, tmp_path,
@@ -636,6 +712,21 @@ def test_the_subsets_follow_the_batch_and_what_is_given_wins(micro_model, tmp_pa
     assert sizes("--batch_size", "32", "--ssl_batch_size", "10", "--rec_batch_size", "6") == (32, 10, 6)
     monkeypatch.setattr(train, "world_size", lambda: 3)
     assert sizes(*small, "--batch_size", "33") == (33, 6, 3)      # pairs, in equal shares for the ranks
+    assert sizes(*small, "--batch_size", "96", "--micro_batch", "8") == (96, 24, 12)  # and for their chunks
+
+
+def test_chunks_must_fit_the_batch_and_its_subsets(micro_model, tmp_path, capsys):
+    for wrong, word in ((["--micro_batch", "24"], "--batch_size 64: must be a multiple of 24"),
+                        (["--micro_batch", "128"], "--batch_size 64: must be a multiple of 128"),
+                        (["--micro_batch", "16", "--ssl_batch_size", "12"], "--ssl_batch_size 12: must be a "
+                         "multiple of 8, twice the number of ranks times 4 chunks"),
+                        (["--micro_batch", "16", "--rec_batch_size", "2"], "a multiple of 4"),
+                        (["--micro_batch", "0"], "positive"),
+                        (["--micro_batch", "16", "--stage", "2", "--init", micro_model],
+                         "no use for --micro_batch")):
+        with pytest.raises(SystemExit):
+            parse(tmp_path / "o", *wrong)
+        assert word in capsys.readouterr().err
 
 
 def test_an_error_about_a_default_says_that_it_is_one(tmp_path, capsys):
