@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from vtp import VTP, RopeEmbedding, VTPConfig
 
@@ -57,6 +58,25 @@ def rotation_in_fp32(monkeypatch):
     tables = RopeEmbedding.forward
     monkeypatch.setattr(RopeEmbedding, "forward",
                         lambda *args, **kwargs: tuple(t.float() for t in tables(*args, **kwargs)))
+
+
+class NothingAsked(TorchDispatchMode):
+    """AssertionError at an operation that reads a value on the host, or whose result's shape is a value."""
+    ASKING = ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_dim",
+              "unique_consecutive", "bincount", "equal")
+
+    def __init__(self):
+        super().__init__()
+        self.n_operations = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name, kwargs = func.overloadpacket.__name__, kwargs or {}
+        asks = name in self.ASKING or name == "repeat_interleave" and kwargs.get("output_size") is None
+        if name in ("index", "index_put", "index_put_"):
+            asks = any(index is not None and index.dtype == torch.bool for index in args[1])
+        assert not asks, f"{func} asks the device"
+        self.n_operations += 1
+        return func(*args, **kwargs)
 
 
 def micro_config(**changes):

@@ -26,7 +26,7 @@ import evaluate
 import train_dit
 import train_tokenizer as train
 import vtp
-from conftest import ROOT, run_script
+from conftest import ROOT, NothingAsked, run_script
 from losses import LPIPS
 from test_data import sample, write_tar
 from vtp import VTP, read_safetensors, samples_kept, vtp_config
@@ -1070,7 +1070,8 @@ class Recorder:
 
 
 @pytest.mark.parametrize("more", [["--drop_path", "0.2", "--drop_path_ssl", "0.3"],
-                                  ["--drop_path_ssl", "0.3", "--checkpoint_blocks"]])
+                                  ["--drop_path_ssl", "0.3", "--checkpoint_blocks"],
+                                  ["--ssl_batch_size", "4", "--micro_batch", "2"]])
 def test_a_captured_step_reads_new_inputs_and_schedules_and_compiles_nothing_anew(micro_model, tmp_path,
                                                                                   monkeypatch, more):
     n_steps, curves = train.CapturedStep.WARM_UP + 4, []
@@ -1095,6 +1096,34 @@ def test_a_captured_step_reads_new_inputs_and_schedules_and_compiles_nothing_ane
         assert (recorder.recorded is None) == captured and step.graph is None
         curves.append(curve)
     assert curves[0] == curves[1] and len(set(curves[0])) == n_steps
+
+
+@pytest.mark.parametrize("kind", ["stage 1", "drop path", "chunks", "recomputation", "stage 2"])
+def test_a_step_asks_the_device_nothing(micro_model, tmp_path, kind):
+    """Views and step make no operation whose shape or branch the host must be told: on a GPU it would wait,
+    and could not be captured."""
+    more = {"stage 1": FAST, "drop path": [*FAST, "--drop_path", "0.3", "--drop_path_ssl", "0.3"],
+            "chunks": [*FAST, "--ssl_batch_size", "4", "--micro_batch", "2"],
+            "recomputation": [*FAST, "--checkpoint_blocks"],
+            "stage 2": ["--stage", "2", "--samples", "48", "--batch_size", "4", "--precision", "fp32"]}[kind]
+    _, _, state, views = setting(micro_model, tmp_path / "o", common=more)
+    for step in range(2):
+        train.set_schedules(state, step, 10)
+        with NothingAsked() as mode:
+            batch = views(step)
+        with mode:
+            train.train_step(state, batch)
+    assert mode.n_operations > 500
+
+
+def test_what_asks_the_device_is_noticed():
+    x = torch.arange(4.0)
+    for asks in (lambda: x.sum().item(), lambda: x[x > 1], lambda: x.nonzero(), lambda: bool(x.any()),
+                 lambda: x.repeat_interleave(x.long()), lambda: x.unique()):
+        with pytest.raises(AssertionError, match="asks"), NothingAsked():
+            asks()
+    with NothingAsked():
+        x.repeat_interleave(x.long(), output_size=6), x[x.long()], torch.where(x > 1, x, 0.0)
 
 
 @pytest.mark.gpu
