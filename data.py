@@ -507,12 +507,20 @@ def load_evaluation_set(source, n, seed=0, whole=False):
     Random by the seed alone; of tars, the first n of shards in random order.
     Unusable ones are left out; UserError if none remains."""
     first, every = (0, 1) if whole else (rank(), world_size())
-    good, skipped = [], Counter()
-    for _, _, load in itertools.islice(each_sample(source, seed=seed), first, n, every):
+    samples, good, skipped = itertools.islice(each_sample(source, seed=seed), first, n, every), [], Counter()
+
+    def attempt(item):
         try:
-            good.append(load())
+            return item[-1]()
         except BadSample as reason:
-            skipped[str(reason)] += 1
+            return reason
+    with ThreadPoolExecutor(default_workers("") + 1) as pool:  # Pillow decodes and resizes without the GIL
+        while block := list(itertools.islice(samples, 256)):
+            for sample in pool.map(attempt, block):
+                if isinstance(sample, BadSample):
+                    skipped[str(sample)] += 1
+                else:
+                    good.append(sample)
     if not good:
         raise UserError(f"no usable sample for evaluation in {source.name}: {dict(skipped)}")
     images, captions, labels = zip(*good)

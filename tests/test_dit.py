@@ -16,8 +16,8 @@ import data
 import dit
 import evaluate
 import train_dit
-from conftest import (FIXTURES, FP32, HERE, ROOT, assert_close_but_for_roundings, micro_config,
-                      run_script)
+from conftest import (FIXTURES, FP32, HERE, ROOT, NothingAsked, assert_close_but_for_roundings,
+                      micro_config, run_script)
 from dit import (DIT_SIZES, DiT, flow_loss, flow_path, generate, guide, integrate, noise_and_labels,
                  sample, time_grid)
 from test_data import sample as tar_sample
@@ -1110,6 +1110,16 @@ def test_the_judge_learns_and_is_cached(tmp_path):
         open(path, "wb").write(broken)
         assert evaluate.read_judge(path, 2, fingerprint) is None
     assert torch.equal(again.classify(images[:8] / 255), judge.classify(images[:8] / 255))
+
+
+def test_a_step_asks_the_device_nothing(micro_model, finished):
+    """See NothingAsked: it does not make a GPU wait, and can be captured."""
+    _, state, make_batch = setting(micro_model, finished)
+    train_dit.set_lr(state, 0, 100)
+    batch = make_batch(0)
+    with NothingAsked() as mode:
+        train_dit.train_step(state, batch)
+    assert mode.n_operations > 100
 
 
 @pytest.mark.gpu
