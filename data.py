@@ -510,11 +510,12 @@ def load_evaluation_set(source, n, seed=0, whole=False):
     samples, good, skipped = itertools.islice(each_sample(source, seed=seed), first, n, every), [], Counter()
 
     def attempt(item):
+        _, _, load = item
         try:
-            return item[-1]()
+            return load()
         except BadSample as reason:
             return reason
-    with ThreadPoolExecutor(default_workers("") + 1) as pool:  # Pillow decodes and resizes without the GIL
+    with ThreadPoolExecutor(4) as pool:  # Pillow decodes and resizes without the GIL
         while block := list(itertools.islice(samples, 256)):
             for sample in pool.map(attempt, block):
                 if isinstance(sample, BadSample):

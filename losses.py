@@ -49,7 +49,7 @@ def sinkhorn_knopp(logits, temperature, n_iterations=3):
     sum over prototypes to 1/B; return B Q. Here Q stays put and only the two vectors of scale factors change,
     which reads the matrix twice an iteration instead of rewriting it four times. At K = 65,536 a copy takes
     gigabytes: the first is written over."""
-    logits = logits.float() / temperature
+    logits = logits.to(torch.float32, copy=True).div_(temperature)
     row_max = logits.amax(dim=1)
     highest = row_max.max()
     if world_size() > 1:

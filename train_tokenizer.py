@@ -214,13 +214,12 @@ def read_settings(argv=None):
 
 
 def follow_batch_size(args, is_tiny):
-    """Defaults that depend on the batch: the subsets, in equal shares of the ranks' chunks, and the rate."""
-    B, is_autoencoder = args.batch_size, args.lambda_clip == args.lambda_ssl == 0
-    n_parts = world_size() * n_chunks(args)
+    """Defaults that depend on the batch: the subsets, in equal shares of the ranks, and the rate."""
+    B, W, is_autoencoder = args.batch_size, world_size(), args.lambda_clip == args.lambda_ssl == 0
     if args.ssl_batch_size is None:
-        args.ssl_batch_size = max(B // (8 if is_tiny else 4) // (2 * n_parts), 1) * 2 * n_parts
+        args.ssl_batch_size = max(B // (8 if is_tiny else 4) // (2 * W), 1) * 2 * W
     if args.rec_batch_size is None:
-        args.rec_batch_size = max(B // (1 if is_tiny or is_autoencoder else 8) // n_parts, 1) * n_parts
+        args.rec_batch_size = max(B // (1 if is_tiny or is_autoencoder else 8) // W, 1) * W
     if args.lr is None:
         args.lr = 2e-4 * math.sqrt(B / 1024)
 
@@ -241,11 +240,11 @@ def check(parser, args):
     if args.samples < args.batch_size:
         raise ValueError(f"{parser.said('samples', args)} is less than one batch of {args.batch_size}")
     if args.micro_batch and args.batch_size != args.micro_batch * n * W:
-        raise ValueError(f"--batch_size {args.batch_size}: must be a multiple of {args.micro_batch * W}, "
+        raise ValueError(f"{parser.said('batch_size', args)}: must be a multiple of {args.micro_batch * W}, "
                          "--micro_batch times the number of ranks")
-    ranks = "the number of ranks" if n == 1 else f"the number of ranks times {n} chunks"
+    ranks = "the number of ranks" if n == 1 else f"the number of ranks times the {n} chunks of --micro_batch"
     pairs = f"twice {ranks} (masks are drawn in pairs of samples)"
-    for name, divisor, what, is_used in (("batch_size", W * n, ranks, True),
+    for name, divisor, what, is_used in (("batch_size", W, ranks, True),
                                          ("rec_batch_size", W * n, ranks, args.lambda_rec > 0),
                                          ("ssl_batch_size", 2 * W * n, pairs, args.lambda_ssl > 0)):
         size = getattr(args, name)
@@ -262,8 +261,8 @@ def check(parser, args):
 def make_views(args, config, step, images, tokens):
     """A dict of tensors of static shape, made on the device from (seed, step) for the global batch.
     images (b, 3, C, C) uint8 and tokens (b, L) are this rank's samples. CLIP takes all, SSL and
-    reconstruction the first ones: the loader shuffles, so a prefix is a random subset. Each tensor's first
-    axis is that of the chunks of --micro_batch; the next one starts with the samples of one crop."""
+    reconstruction the first ones: the loader shuffles, so a prefix is a random subset. The first axis of
+    each tensor is that of the chunks of --micro_batch."""
     generator = data.step_generator(args.seed, step, images.device)
     b_ssl, b_rec, n = args.ssl_batch_size // world_size(), args.rec_batch_size // world_size(), n_chunks(args)
     grid, depth, views = config.image_size // config.vision_patch_size, config.vision_depth, {}
@@ -311,14 +310,15 @@ def draw_keep(generator, batch_size, drop_path, depth, images, n_crops=1):
 # ----- The objectives: views and the teacher's targets -> losses ------------------------------------------
 
 class Objectives(nn.Module):
-    """The student's forward, which DDP wraps: one for one backward. Losses are of this rank's share."""
+    """The student's forward, which DDP wraps. Losses are of this rank's share, or of a chunk of it."""
     def __init__(self, model, head, lpips, args):
         super().__init__()
         self.model, self.head, self.lpips, self.args = model, head, lpips, args
 
     def forward(self, views, targets, only_features=False):
         """-> {name: loss} of losses that are means over samples, and {name: rows} of the features that
-        compare_samples takes. targets: teacher_targets, or None without SSL."""
+        compare_samples takes; with only_features no losses, and no work for them. targets: of teacher_targets
+        for this chunk, or None."""
         model, args, losses, features = self.model, self.args, {}, {}
         device_type = model.trunk.cls_token.device.type
         autocast = torch.autocast(device_type, torch.bfloat16, enabled=args.precision == "bf16")
@@ -409,7 +409,7 @@ def teacher_targets(state, chunks):
     with torch.autocast(chunks[0]["masks"].device.type, torch.bfloat16, enabled=args.precision == "bf16"):
         for views in chunks:
             cls, patches = teacher["trunk"](views["global_crops"])[-1]
-            rows.append((cls, masked_patches(patches, views)))
+            rows.append((cls.clone(), masked_patches(patches, views)))      # cls is a view of all tokens
         logits = [ssl_logits(state.config, teacher["trunk"], teacher["head"], torch.cat(x))
                   for x in zip(*rows)]
     probs = (sinkhorn_knopp(x, state.scheduled["teacher_temp"]) for x in logits)
@@ -603,8 +603,7 @@ def stage_1_gradients(state, chunks):
         weighted_sum(losses, args).backward()
     else:
         losses = gradients_by_chunks(state, chunks, targets)
-    values = {f"loss_{name}": losses[name].detach() for name in ("clip", "rec", "dino", "mim", "koleo")
-              if name in losses}
+    values = {f"loss_{name}": x.detach() for name, x in losses.items()}
     if args.lambda_ssl > 0:
         entropies = [torch.special.entr(of_cls).sum(dim=-1).mean() for of_cls, _ in targets]
         values["teacher_entropy"] = torch.stack(entropies).mean()
@@ -617,20 +616,21 @@ def gradients_by_chunks(state, chunks, targets):
     again, whose backward starts from that gradient and its own losses. Ranks exchange gradients once."""
     args, n = state.args, len(chunks)
     with torch.no_grad():
-        parts = [state.objectives(views, None, only_features=True)[1] for views in chunks]
+        parts = [{name: rows.clone() for name, rows in      # some are views of all tokens
+                  state.objectives(views, None, only_features=True)[1].items()} for views in chunks]
     features = {name: torch.cat([part[name] for part in parts]).requires_grad_() for name in parts[0]}
     losses, grads = compare_samples(features), []
     if features:
         grads = torch.autograd.grad(weighted_sum(losses, args), list(features.values()))
     grads = [grad.chunk(n) for grad in grads]
     for i, (views, of_teacher) in enumerate(zip(chunks, targets)):
-        waits = i < n - 1 and dist.is_initialized()
-        with state.objectives.no_sync() if waits else contextlib.nullcontext():
+        is_local = i < n - 1 and dist.is_initialized()
+        with state.objectives.no_sync() if is_local else contextlib.nullcontext():
             own, features = state.objectives(views, of_teacher)
-            starts = [(x, grad[i]) for x, grad in zip(features.values(), grads)]
+            roots = [(x, grad[i]) for x, grad in zip(features.values(), grads)]
             if own:
-                starts.append((weighted_sum(own, args) / n, None))
-            torch.autograd.backward(*zip(*starts))
+                roots.append((weighted_sum(own, args) / n, None))
+            torch.autograd.backward(*zip(*roots))
         for name, loss in own.items():
             losses[name] = losses.get(name, 0.0) + loss.detach() / n
     return losses
@@ -677,7 +677,8 @@ def last_layer_grad(state, fake, pixel_grad):
 
 def train_step(state, views):
     """One update. It reads no value on the host and no shape in it depends on data, so it can be captured."""
-    state.optimizer.zero_grad(set_to_none=True)
+    # chunks add to DDP's buckets, where gradients stay; new ones would be held beside these
+    state.optimizer.zero_grad(set_to_none=n_chunks(state.args) == 1)
     loss, values = forward_backward(state, views)
     norms = clip_gradients(state)
     grad_norm = torch.linalg.vector_norm(torch.stack(list(norms.values())))
@@ -822,7 +823,7 @@ def measure_now(state, tokenize, held_out, gallery, args, step):
 # ----- Shared with train_dit.py: settings -----------------------------------------------------------------
 
 MAY_CHANGE_ON_RESUME = {"out", "resume", "workers", "log_every", "eval_every", "checkpoint_every", "compile",
-                        "cuda_graph", "max_skipped", "micro_batch",
+                        "cuda_graph", "max_skipped",
                         "lr", "clip_grad", "precision"}     # for a run that was not finite
 
 

@@ -61,7 +61,8 @@ def rotation_in_fp32(monkeypatch):
 
 
 class NothingAsked(TorchDispatchMode):
-    """AssertionError at an operation that reads a value on the host, or whose result's shape is a value."""
+    """AssertionError at an operation that reads a value on the host, or whose result's shape is a value. On a
+    CPU tolist() and numpy() are no operations, and copies between devices do not show."""
     ASKING = ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_dim",
               "unique_consecutive", "bincount", "equal")
 

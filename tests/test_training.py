@@ -250,8 +250,8 @@ def test_the_loss_is_the_weighted_sum_of_the_objectives(micro_model, tmp_path, m
     train.set_schedules(state, 0, 10)
     loss, values = train.forward_backward(state, views(0))
     losses = {name: x.item() for name, x in values.items() if name.startswith("loss")}
-    assert list(losses) == ["loss_clip", "loss_rec", "loss_dino", "loss_mim", "loss_koleo"]
-    clip, rec, dino, mim, koleo = losses.values()
+    assert len(losses) == 5
+    clip, rec, dino, mim, koleo = (losses[f"loss_{name}"] for name in ("clip", "rec", "dino", "mim", "koleo"))
     expected = 0.3 * rec + 0.7 * (dino + mim + 0.25 * koleo) + 1.9 * clip
     assert loss.item() == pytest.approx(expected, rel=1e-6)      # an fp32 sum of five
 
@@ -477,9 +477,8 @@ def test_chunks_have_the_losses_and_gradients_of_the_whole_batch(micro_model, tm
         torch.testing.assert_close(in_chunks[name], right, atol=1e-5, rtol=1e-5, msg=lambda m: f"{name}: {m}")
     for name, right in whole_grads.items():     # of gradients whose largest is taken as the size
         size = right.abs().max().item()
-        assert size > 0 or "prototype" in name or name == "trunk.mask_token" and "--lambda_clip" in more, name
-        torch.testing.assert_close(grads[name], right, atol=1e-5 * size, rtol=1e-4,
-                                   msg=lambda m: f"{name}: {m}")
+        assert size > 0, name
+        torch.testing.assert_close(grads[name], right, atol=1e-5 * size, rtol=0, msg=lambda m: f"{name}: {m}")
 
 
 def test_an_eighth_of_the_batch_at_a_time_takes_less_than_half_of_the_memory(micro_model, tmp_path):
@@ -627,7 +626,8 @@ def test_two_ranks_have_the_loss_curve_of_one(micro_model, tmp_path, rotation):
     measures = [evaluate.read_metrics(str(tmp_path / f"r{n}"))[-1] for n in (1, 2)]
     # in dB: 8.7 times the relative change of the error, which is at most that of the losses
     assert measures[0]["psnr"] == pytest.approx(measures[1]["psnr"], abs=2e-2)
-    assert measures[0]["flops"] == measures[1]["flops"] or more     # chunks compute features twice
+    one, two = (measure["flops"] for measure in measures)
+    assert one < two < 1.5 * one if more else one == two        # chunks compute features twice
 
 
 def test_a_run_drops_its_graph_before_it_leaves_and_times_the_loader_alone(micro_model, tmp_path,
@@ -712,14 +712,13 @@ def test_the_subsets_follow_the_batch_and_what_is_given_wins(micro_model, tmp_pa
     assert sizes("--batch_size", "32", "--ssl_batch_size", "10", "--rec_batch_size", "6") == (32, 10, 6)
     monkeypatch.setattr(train, "world_size", lambda: 3)
     assert sizes(*small, "--batch_size", "33") == (33, 6, 3)      # pairs, in equal shares for the ranks
-    assert sizes(*small, "--batch_size", "96", "--micro_batch", "8") == (96, 24, 12)  # and for their chunks
 
 
 def test_chunks_must_fit_the_batch_and_its_subsets(micro_model, tmp_path, capsys):
-    for wrong, word in ((["--micro_batch", "24"], "--batch_size 64: must be a multiple of 24"),
-                        (["--micro_batch", "128"], "--batch_size 64: must be a multiple of 128"),
+    for wrong, word in ((["--micro_batch", "24"], "must be a multiple of 24, --micro_batch times"),
+                        (["--micro_batch", "128"], "must be a multiple of 128, --micro_batch times"),
                         (["--micro_batch", "16", "--ssl_batch_size", "12"], "--ssl_batch_size 12: must be a "
-                         "multiple of 8, twice the number of ranks times 4 chunks"),
+                         "multiple of 8, twice the number of ranks times the 4 chunks of --micro_batch"),
                         (["--micro_batch", "16", "--rec_batch_size", "2"], "a multiple of 4"),
                         (["--micro_batch", "0"], "positive"),
                         (["--micro_batch", "16", "--stage", "2", "--init", micro_model],
