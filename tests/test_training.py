@@ -250,8 +250,8 @@ def test_the_loss_is_the_weighted_sum_of_the_objectives(micro_model, tmp_path, m
     train.set_schedules(state, 0, 10)
     loss, values = train.forward_backward(state, views(0))
     losses = {name: x.item() for name, x in values.items() if name.startswith("loss")}
-    assert len(losses) == 5
-    clip, rec, dino, mim, koleo = (losses[f"loss_{name}"] for name in ("clip", "rec", "dino", "mim", "koleo"))
+    assert list(losses) == ["loss_rec", "loss_dino", "loss_mim", "loss_clip", "loss_koleo"]
+    rec, dino, mim, clip, koleo = losses.values()
     expected = 0.3 * rec + 0.7 * (dino + mim + 0.25 * koleo) + 1.9 * clip
     assert loss.item() == pytest.approx(expected, rel=1e-6)      # an fp32 sum of five
 
