@@ -27,7 +27,7 @@ import signal
 import tarfile
 import unicodedata
 import zlib
-from collections import Counter
+from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -502,30 +502,53 @@ def each_sample(source, reader=0, n_readers=1, seed=None):
             yield 0, i, functools.partial(source.load, i, False, np.random.default_rng([seed or 0, i]))
 
 
-def load_evaluation_set(source, n, seed=0, whole=False):
-    """This rank's share of n samples (whole: all) -> images uint8 (m, 3, C, C), captions, labels int64 (m,).
-    Random by the seed alone; of tars, the first n of shards in random order.
-    Unusable ones are left out; UserError if none remains."""
-    first, every = (0, 1) if whole else (rank(), world_size())
-    samples, good, skipped = itertools.islice(each_sample(source, seed=seed), first, n, every), [], Counter()
+class EvaluationSet:
+    """This rank's share of n samples (whole: all of them) in batches: images uint8 (b, 3, C, C), captions,
+    labels int64 (b,). They are decoded anew at each reading, by threads a little ahead of their use.
+    Random by the seed alone; of tars, the first n of shards in random order, which every rank reads and of
+    which it decodes its share. Unusable ones are left out; UserError if none remains."""
+    def __init__(self, source, n, batch_size=128, seed=0, whole=False):
+        self.source, self.n, self.batch_size, self.seed = source, n, batch_size, seed
+        self.first, self.every = (0, 1) if whole else (rank(), world_size())
 
-    def attempt(item):
+    def __len__(self):
+        n = self.n if isinstance(self.source, TarSource) else min(self.n, len(self.source))  # or fewer
+        return math.ceil(len(range(self.first, n, self.every)) / self.batch_size)
+
+    def __iter__(self):
+        samples = itertools.islice(each_sample(self.source, seed=self.seed), self.first, self.n, self.every)
+        n_cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        # Pillow decodes and resizes without the GIL; reading files takes its time, too
+        pool, ahead = ThreadPoolExecutor(min(max(n_cores, 4), 16)), deque()
+
+        def begin(n_more):
+            ahead.extend(pool.submit(self.decode, item) for item in itertools.islice(samples, n_more))
+        good, found_any, skipped = [], False, Counter()
+        try:
+            begin(2 * self.batch_size)
+            while ahead:
+                sample = ahead.popleft().result()
+                begin(1)
+                if isinstance(sample, BadSample):
+                    skipped[str(sample)] += 1
+                else:
+                    good.append(sample)
+                if good and (len(good) == self.batch_size or not ahead):
+                    images, captions, labels = zip(*good)
+                    yield torch.from_numpy(np.stack(images)), list(captions), torch.tensor(labels)
+                    good, found_any = [], True
+        finally:
+            pool.shutdown(cancel_futures=True)
+        if not found_any:
+            raise UserError(f"no usable sample for evaluation in {self.source.name}: {dict(skipped)}")
+
+    @staticmethod
+    def decode(item):
         _, _, load = item
         try:
             return load()
         except BadSample as reason:
             return reason
-    with ThreadPoolExecutor(4) as pool:  # Pillow decodes and resizes without the GIL
-        while block := list(itertools.islice(samples, 256)):
-            for sample in pool.map(attempt, block):
-                if isinstance(sample, BadSample):
-                    skipped[str(sample)] += 1
-                else:
-                    good.append(sample)
-    if not good:
-        raise UserError(f"no usable sample for evaluation in {source.name}: {dict(skipped)}")
-    images, captions, labels = zip(*good)
-    return torch.from_numpy(np.stack(images)), list(captions), torch.tensor(labels)
 
 
 # ----- Views, made on the device for the whole batch at once ----------------------------------------------

@@ -44,11 +44,11 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 import data
-from data import (IMAGE_EXTENSIONS, draw_boxes, gaussian_blur, load_canvas, load_evaluation_set,
-                  permutation, resample, step_generator)
+from data import (IMAGE_EXTENSIONS, EvaluationSet, draw_boxes, gaussian_blur, load_canvas, permutation,
+                  resample, step_generator)
 from dit import METHODS, SAMPLING, DiT, generate, noise_and_labels
-from losses import (LPIPS, barrier, by_first_rank, fail, first_on_node, gather_objects, init_distributed,
-                    leave_distributed, one_line_errors, rank, world_size)
+from losses import (LPIPS, barrier, by_first_rank, fail, first_on_node, gather_at_first, gather_objects,
+                    in_turn, init_distributed, leave_distributed, one_line_errors, rank, world_size)
 from vtp import (VTP, UserError, check_zip, claim_folder, denormalize, download, find_checkpoint,
                  load_tensors, normalize, parse_json, release_folder, write_atomically)
 
@@ -195,15 +195,19 @@ def class_share(features, labels):
     classes, numbers = labels.unique(return_inverse=True)
     counts = numbers.bincount().float()[:, None]
     sums = features.new_zeros(len(classes), features.shape[1]).index_add_(0, numbers, features)
-    within = (features - (sums / counts)[numbers]).square().sum() / max(n - len(classes), 1)
+    means = sums / counts
+    within = sum((x - means[i]).square().sum() for x, i in zip(features.split(65536), numbers.split(65536)))
+    within = within / max(n - len(classes), 1)
     return 1 - (within / features.var(dim=0).sum().clamp(min=1e-12)).item()
 
 
 def knn_predict(train_features, train_labels, features, k=20, temperature=0.07):
     """k-NN by cosine, votes weighted by exp(cosine / temperature) (DINO): (n, D), (n,), (m, D) -> (m,)."""
-    train_features, votes = F.normalize(train_features.float(), dim=1), []
+    train_features, votes = train_features.float(), []
+    norms = torch.linalg.vector_norm(train_features, dim=1).clamp(min=1e-12)
     for part in F.normalize(features.float(), dim=1).split(1024):
-        similarity, nearest = (part @ train_features.T).topk(min(k, len(train_features)), dim=1)
+        cosines = (part @ train_features.T).div_(norms)
+        similarity, nearest = cosines.topk(min(k, len(train_features)), dim=1)
         vote = similarity.new_zeros(len(part), int(train_labels.max()) + 1)
         votes.append(vote.scatter_add(1, train_labels[nearest], (similarity / temperature).exp()))
     return torch.cat(votes).argmax(dim=1)
@@ -557,13 +561,20 @@ def open_judge(path, source, n_classes, device, seed=0, most=16384):
         with suppress(ValueError):      # another process trains it, too; else what a kill left is swept
             is_claimed = claim_folder(folder)
         if is_of_classes:
-            canvases, _, labels = load_evaluation_set(source, most, whole=True)
-            canvases, labels = canvases[labels >= 0], labels[labels >= 0]
+            batches = EvaluationSet(source, most, whole=True)
         else:
-            canvases, labels = (torch.from_numpy(x[:most]) for x in (source.images, source.attributes()))
-        images = [(to_image_size(part, Judge.SIDE) * 255).round().byte() for part in canvases.split(256)]
+            images, answers = (torch.from_numpy(x[:most]).split(256)
+                               for x in (source.images, source.attributes()))
+            batches = zip(images, itertools.repeat(None), answers)
+        parts = [((to_image_size(images, Judge.SIDE) * 255).round().byte(), labels)
+                 for images, _, labels in batches]
+        images, labels = map(torch.cat, zip(*parts))
+        if is_of_classes:
+            images, labels = images[labels >= 0], labels[labels >= 0]
+            if len(labels) and int(labels.max()) >= n_classes:
+                raise UserError(f"{source.name} has a label {int(labels.max())}, and {n_classes} classes")
         options = {} if is_of_classes else dict(n_steps=600)
-        judge = train_judge(torch.cat(images), labels, n_classes, device, seed, **options)
+        judge = train_judge(images, labels, n_classes, device, seed, **options)
         content = dict(judge=judge.state_dict(), accuracy=judge.accuracy, fingerprint=fingerprint)
         write_atomically(path, lambda f: torch.save(content, f))
         if is_claimed:
@@ -587,16 +598,20 @@ def read_judge(path, n_classes, fingerprint):
 
 # ----- Measuring a tokenizer: features of images, batch by batch, then the figures ------------------------
 
-def collect(numbers, compute, batch_size=128, name=None):
-    """What compute makes of batches of numbers, {name: tensor (b, ...)}, over all ranks, ordered by number.
-    numbers: of this rank's items, in the whole set or in its share. name: of a progress bar."""
-    def concatenate(parts):
-        return {key: torch.cat([part[key].cpu() for part in parts]) for key in (parts[0] if parts else ())}
-    batches = [numbers[k:k + batch_size] for k in range(0, len(numbers), batch_size)]
+def collect(batches, compute, name=None):
+    """What compute makes of each batch of this rank's share of a set, {name: tensor (b, ...)} -> on rank 0
+    {name: (n, ...)} of the whole set, in host memory, on the others {}. A share is every W-th item: the order
+    is that of the set. name: of a progress bar."""
     bar = tqdm(batches, name, unit=" batches", disable=name is None or rank() != 0, dynamic_ncols=True)
-    parts = gather_objects(concatenate([compute(batch) for batch in bar]))
-    order = torch.tensor(sum(gather_objects(list(numbers)), [])).argsort(stable=True)
-    return {key: x[order] for key, x in concatenate([part for part in parts if part]).items()}
+    parts = [{key: x.cpu() for key, x in compute(batch).items()} for batch in bar]
+    own = {key: torch.cat([part.pop(key) for part in parts]) for key in list(parts[0] if parts else ())}
+    return gather_at_first(own)
+
+
+def own_numbers(n, batch_size):
+    """This rank's share of the numbers below n, in batches."""
+    own = range(rank(), n, world_size())
+    return [own[k:k + batch_size] for k in range(0, len(own), batch_size)]
 
 
 @torch.no_grad()
@@ -647,12 +662,13 @@ class Subject:
     lpips: nn.Module | None = None
     class_names: list | None = None
     templates: tuple = data.TEMPLATES
-    squashed: tuple | None = None  # samples of the held-out set for zero-shot alone; None: those of the rest
+    squashed: object = None  # batches of the held-out set for zero-shot alone; None: those of the rest
+    needs_reference: bool = False  # features of training images by the networks, for samples
 
     @torch.no_grad()
     def features(self, canvases, captions, labels, is_training_set=False):
         """uint8 canvases (B, 3, C, C), captions, labels (B,) -> {name: (B, ...)}: what figures are made of.
-        Of training images: for probes, and as a reference."""
+        Of training images: for probes and, with needs_reference, to compare samples with."""
         model, config, device = self.model, self.model.config, self.model.trunk.cls_token.device
         canvases = canvases.to(device)
         pixels = to_image_size(canvases, self.size or config.image_size)
@@ -660,7 +676,7 @@ class Subject:
             features, cls, patches = probe_features(model, normalize(pixels), self.n_layers)
             features["labels"] = labels
             if is_training_set:
-                return features | self.sample_features(canvases)
+                return features | (self.sample_features(canvases) if self.needs_reference else {})
             if config.train_reconstruction:
                 latents = model.to_latents(patches, *pixels.shape[-2:])
                 rebuilt, measured = reconstruct(model, pixels, latents, self.lpips)
@@ -676,6 +692,16 @@ class Subject:
                 features.update({f"{name}_{k}": x for k, x in fid_features(self.network, images).items()})
         return features
 
+    @torch.no_grad()
+    def zero_shot_features(self, canvases, labels):
+        """What zero_shot takes of images."""
+        device = self.model.trunk.cls_token.device
+        pixels = to_image_size(canvases.to(device), self.size or self.model.config.image_size)
+        with torch.autocast(device.type, torch.bfloat16, enabled=self.bf16):
+            features = self.model.encode_image(normalize(pixels), normalize=False)
+        return dict(image_features=F.normalize(features.float(), dim=-1), labels=labels)
+
+    @torch.no_grad()
     def sample_features(self, images):
         """fid_features of uint8 images by each network; those of `others` have their suffix."""
         networks = (("", self.network), *self.others) if self.network else ()
@@ -683,23 +709,25 @@ class Subject:
                 for k, x in fid_features(network, images).items()}
 
 
-def collect_features(subject, samples, batch_size=128, name=None, is_training_set=False):
-    """Subject.features of samples (images, captions, labels), of which each rank passes its share."""
-    def compute(numbers):
-        batch = (x[numbers.start:numbers.stop] for x in samples)
-        return subject.features(*batch, is_training_set)
-    return collect(range(len(samples[0])), compute, batch_size, name)
+def measure(subject, held_out, gallery, seed=0, name=None):
+    """All that is measured of a tokenizer, in training and here -> figures and, on rank 0, features of both
+    sets. held_out, gallery (training images, for probes): each rank's share, in batches: images uint8
+    (b, 3, C, C), captions, labels int64 (b,), -1 where there is none. name: of a progress bar. Figures: those
+    of tokenizer_figures."""
+    def features(batches, **options):
+        return collect(batches, lambda batch: subject.features(*batch, **options), name)
+    test, train = features(held_out), features(gallery, is_training_set=True)
+    shown = test
+    if subject.squashed is not None:
+        shown = collect(subject.squashed, lambda batch: subject.zero_shot_features(batch[0], batch[2]), name)
+    return by_first_rank(lambda: tokenizer_figures(subject, test, train, shown, seed)), test, train
 
 
-def measure(subject, held_out, gallery, seed=0, **options):
-    """All that is measured of a tokenizer, in training and here -> figures, features of both sets.
-    held_out, gallery (training images, for probes): each rank's share of images uint8 (m, 3, C, C), captions,
-    labels int64 (m,), -1 where there is none. options: of collect. Figures: psnr (dB), ssim, lpips, rfid,
-    rsfid, those of retrieval, zero_shot and linear_probe, knn, chance. Probes and k-NN are of the mean
+def tokenizer_figures(subject, test, train, shown, seed):
+    """psnr (dB), ssim, lpips, rfid, rsfid, those of retrieval, zero_shot and linear_probe, knn, chance, from
+    features of held-out images, training images, and what zero_shot sees. Probes and k-NN are of the mean
     latent, or of the features in their name."""
     device = subject.model.trunk.cls_token.device
-    test = collect_features(subject, held_out, **options)
-    train = collect_features(subject, gallery, is_training_set=True, **options)
     row = {k: test[k].mean().item() for k in ("psnr", "ssim", "lpips") if k in test}
     for features, figure in (("pool", "rfid"), ("spatial", "rsfid")):
         if f"real_{features}" in test:
@@ -711,7 +739,6 @@ def measure(subject, held_out, gallery, seed=0, **options):
         if len(test["caption_ids"].unique()) > 1:
             row.update(retrieval(test["image_features"], test["text_features"], test["caption_ids"].tolist()))
         if subject.class_names and len(test_labels):
-            shown = collect_features(subject, subject.squashed, **options) if subject.squashed else test
             is_shown = shown["labels"] >= 0
             row.update(zero_shot(subject.model, shown["image_features"][is_shown], shown["labels"][is_shown],
                                  subject.class_names, subject.templates, subject.tokenize))
@@ -727,7 +754,7 @@ def measure(subject, held_out, gallery, seed=0, **options):
                 figures["class_share"] = class_share(train_x, train_labels)
                 row.update({prefix + figure: x for figure, x in figures.items()})
         row["chance"] = 1 / len(test_labels.unique())
-    return row, test, train
+    return row
 
 
 # ----- Measuring generated images -------------------------------------------------------------------------
@@ -762,9 +789,8 @@ def features_of_set(where, network, device, batch_size):
         if "arr_0.npy" not in zipfile.ZipFile(where).namelist():
             return moments
     images = ImageSet(where)
-    return moments | collect(range(rank(), len(images), world_size()),
-                             lambda numbers: fid_features(network, images.batch(numbers).to(device)),
-                             batch_size, where)
+    return moments | collect(own_numbers(len(images), batch_size),
+                             lambda numbers: fid_features(network, images.batch(numbers).to(device)), where)
 
 
 def read_latent_stats(path):
@@ -1535,13 +1561,16 @@ def fetched(make, instead):
 
 
 def open_fid_network(args, source, n_classes, device):
-    """The network of Frechet distances, or None."""
+    """The network of Frechet distances, or None. A judge learns n_classes of a source, or if that is 0 as many
+    as its labels tell."""
     if args.fid_features == "inception":
         instead = ("take features of a classifier of your own data, which make no FID and are named so, "
                    "--fid_features judge, or leave these figures out, --fid_features none")
         return fetched(lambda: InceptionFID(args.inception), instead).to(device)
     if args.fid_features == "none":
         return None
+    n_classes = n_classes or by_first_rank(lambda: 1 + max(
+        int(labels.max()) for _, _, labels in EvaluationSet(source, 16384, whole=True)))
     if n_classes == 0:
         raise UserError("a judge needs classes, and the data has none: --fid_features inception or none")
     return open_judge(args.judge, source, n_classes, device)
@@ -1556,13 +1585,33 @@ def open_subject(args, device):
     return subject
 
 
+class Passing:
+    """The batches of an EvaluationSet. Of what passes, rank 0 keeps the first images, to show some of them,
+    and all ranks keep their captions and labels."""
+    def __init__(self, batches, most=2048):
+        self.batches, self.most, self.images, self.captions, self.labels = batches, most, [], [], []
+
+    def __len__(self):
+        return len(self.batches)
+
+    def __iter__(self):
+        for images, captions, labels in self.batches:
+            if rank() == 0:
+                self.images += images[:max(0, self.most - len(self.images))].clone()
+            self.captions += captions
+            self.labels += labels.tolist()
+            yield images, captions, labels
+
+
 def measure_runs(args, device):
     """--tokenizer and --dit, or --samples, against training images -> figures; pictures in --out."""
     if args.samples and args.reference:
         network = open_fid_network(args, None, 0, device)
-        return compare_samples(*(features_of_set(where, network, device, args.batch_size)
-                                 for where in (args.samples, args.reference)))
+        sets = [features_of_set(where, network, device, args.batch_size)
+                for where in (args.samples, args.reference)]
+        return by_first_rank(lambda: compare_samples(*sets))
     subject = open_subject(args, device)
+    dit, stats = open_dit(args.dit, device) if args.dit and not args.samples else (None, None)
     model, size = subject.model, subject.size
     common = dict(classnames=args.classnames, label=args.label, needs_caption=False)
     source = data.open_source(args.data, size, "train", args.train_size, **common)
@@ -1573,36 +1622,39 @@ def measure_runs(args, device):
     if args.templates:
         with open(args.templates, encoding="utf-8") as f:
             subject.templates = [line.strip() for line in f if line.strip()]
-    gallery = load_evaluation_set(source, args.n_train)
-    n_classes = max(int(max(gather_objects(gallery[2].max()))) + 1, len(source.class_names or ()))
+    gallery = EvaluationSet(source, args.n_train, args.batch_size)
     subject.class_names = source.class_names
+    n_classes = max(len(source.class_names or ()), getattr(dit, "num_classes", None) or 0)
     subject.network = network = open_fid_network(args, source, n_classes, device)
+    if args.samples:
+        real = collect(gallery, lambda batch: subject.sample_features(batch[0].to(device)), "features")
+        fake = features_of_set(args.samples, network, device, args.batch_size)
+        return by_first_rank(lambda: compare_samples(fake, real))
     for k in range(1, args.judges) if isinstance(network, Judge) else ():
         path = f"_{k}".join(os.path.splitext(args.judge))
-        subject.others += ((f"_judge{k}", open_judge(path, source, n_classes, device, seed=k)),)
-    options = dict(batch_size=args.batch_size, name="features")
-    if args.samples:
-        real = collect_features(subject, gallery, is_training_set=True, **options)
-        return compare_samples(features_of_set(args.samples, network, device, args.batch_size), real)
-    held_out = load_evaluation_set(val_source, args.n_val)
+        subject.others += ((f"_judge{k}", open_judge(path, source, network.sizes[0], device, seed=k)),)
+    subject.needs_reference = dit is not None and not args.reference
     if model.config.train_clip:
         subject.tokenize = first_on_node(lambda: data.make_tokenizer(model.config.text_vocab_size, args.bpe))
-    if args.squash:
-        subject.squashed = load_evaluation_set(
-            data.open_source(args.val_data, size, "val", **common, folders=folders, squash=True), args.n_val)
-    row, test, train = measure(subject, held_out, gallery, args.seed, **options)
+        if args.squash and source.class_names:
+            squashed = data.open_source(args.val_data, size, "val", **common, folders=folders, squash=True)
+            subject.squashed = EvaluationSet(squashed, args.n_val, args.batch_size)
+    held_out = Passing(EvaluationSet(val_source, args.n_val, args.batch_size))
+    row, test, train = measure(subject, held_out, gallery, args.seed, "features")
+    own = in_turn(gather_objects(len(held_out.labels)))[0][:len(held_out.images)]
     if rank() == 0:
-        save_image(pca_picture(model, held_out[0][:16]), os.path.join(args.out, "latents_pca.png"))
-        if "psnr" in test:  # 24 of this rank's images, evenly from the worst PSNR to the best
-            order = test["psnr"][::world_size()].argsort()
+        images = torch.stack(held_out.images)
+        save_image(pca_picture(model, images[:16]), os.path.join(args.out, "latents_pca.png"))
+        if "psnr" in test:  # 24 of them, evenly from the worst PSNR to the best
+            order = test["psnr"][own].argsort()
             chosen = order[np.linspace(0, len(order) - 1, min(24, len(order))).round().astype(int)]
-            picture = reconstruction_picture(model, held_out[0][chosen], size=size)
+            picture = reconstruction_picture(model, images[chosen], size=size)
             save_image(picture, os.path.join(args.out, "reconstructions.png"))
-    if args.dit is not None and network is not None:
-        captions = None
-        if args.condition == "text":
-            captions = Captions(args, device, source, val_source, held_out)
-        row.update(measure_dit(args, subject, train, device, captions))
+    if dit is not None and network is not None:
+        del test        # of the other, what samples are compared with
+        train = {k: x for k, x in train.items() if k.startswith(("pool", "spatial", "logits"))}
+        captions = Captions(args, device, source, held_out) if args.condition == "text" else None
+        row.update(measure_dit(args, subject, dit, stats, train, device, captions))
     return row
 
 
@@ -1616,28 +1668,28 @@ SECOND_FIGURES = ("gfid", "precision", "recall", "sample_accuracy", "sample_zero
 
 
 class Captions:
-    """What a DiT of texts is measured on: this rank's share of held-out samples, whose captions all ranks
-    draw. Of the built-in set a judge of its ATTRIBUTES says what an image shows of them."""
-    def __init__(self, args, device, source, val_source, held_out):
-        self.canvases, texts, labels = held_out
+    """What a DiT of texts is measured on: held-out samples (Passing), whose captions all ranks know. Of the
+    built-in set a judge of its ATTRIBUTES says what an image shows of them."""
+    def __init__(self, args, device, source, held_out):
+        self.batches, val_source = held_out.batches, held_out.batches.source
         self.tower, self.device, self.judge = TextTower(args.text_from, device, args.bpe), device, None
-        own = dict(labels=labels, caption_ids=caption_ids(texts))
+        texts = held_out.captions
+        own = dict(labels=torch.tensor(held_out.labels), caption_ids=caption_ids(texts))
         if isinstance(val_source, data.BuiltinSource):
             path, sizes = "_attributes".join(os.path.splitext(args.judge)), map(len, data.ATTRIBUTES.values())
             self.judge = open_judge(path, source, tuple(sizes), device)
-            order = permutation(0, 0, len(val_source))      # as load_evaluation_set has it
+            order = permutation(0, 0, len(val_source))      # as EvaluationSet has it
             order = order[rank()::world_size()][:len(texts)]
             own["said"] = torch.from_numpy(val_source.attributes_said()[order])
             if args.hold_out_pairs:
                 p = data.draw_parameters(val_source.indices[order], "val")
                 own["is_held_out"] = torch.from_numpy(data.has_held_out_pair(p))
-        self.numbers = range(rank(), rank() + world_size() * len(texts), world_size())
-        self.all = collect(self.numbers, lambda numbers: {k: x[self.rows(numbers)] for k, x in own.items()})
-        self.texts = [text for _, text in sorted(sum(gather_objects(list(zip(self.numbers, texts))), []))]
-
-    def rows(self, numbers):
-        """Where samples of these numbers are in this rank's share."""
-        return [number // world_size() for number in numbers]
+        of_ranks = gather_objects((texts, own))
+        places = in_turn([len(texts) for texts, _ in of_ranks])
+        self.places, order = places[rank()].tolist(), torch.cat(places).argsort()
+        texts = sum((texts for texts, _ in of_ranks), [])
+        self.texts = [texts[i] for i in order]
+        self.all = {k: torch.cat([own[k] for _, own in of_ranks])[order] for k in own}
 
     def of(self, numbers):
         """What images of these numbers should show, by name, and y, what a DiT reads of it. Numbers behind
@@ -1655,11 +1707,15 @@ class Captions:
         answers = {} if self.judge is None else dict(answers=self.judge.classify(images.float() / 255))
         return dict(shown_features=features, **answers)
 
-    def of_real_images(self, n, batch_size):
-        """Both, of the captions' own images, the first n of them, over all ranks."""
-        def compute(numbers):
-            return self.of(numbers)[0] | self.shown(self.canvases[self.rows(numbers)])
-        return collect([number for number in self.numbers if number < n], compute, batch_size)
+    def of_real_images(self, n):
+        """Both, of the captions' own images, the first n of them, read once more; over all ranks."""
+        def batches():
+            own = iter([place for place in self.places if place < n])
+            for images, _, _ in self.batches:
+                if not (numbers := list(itertools.islice(own, len(images)))):
+                    return
+                yield numbers, images[:len(numbers)]
+        return collect(batches(), lambda batch: self.of(batch[0])[0] | self.shown(batch[1]))
 
 
 def text_figures(features):
@@ -1678,15 +1734,38 @@ def text_figures(features):
     return row
 
 
-def measure_dit(args, subject, train, device, captions=None):
-    """Samples of --dit against features of training images -> figures; a picture in --out. Figures of
-    a further --guidance W end in _guidanceW, those of a further judge N in _judgeN.
-    captions: of a DiT of texts; then figures of text_figures, drawn_ before them, and real_drawn_ those of
-    the captions' own images."""
-    model, stats = open_dit(args.dit, device)
+def sample_figures(subject, fake, train, ending=""):
+    """Of features of samples and of a reference: compare_samples, how many samples are of their class by a
+    judge and by zero_shot, and text_figures. With an ending to their names, and of further networks, of the
+    first two SECOND_FIGURES alone."""
+    row = {}
+    for of_network, network in (("", subject.network), *subject.others):
+        part = lambda features: {k.removesuffix(of_network): x for k, x in features.items()
+                                 if k.endswith(of_network)}
+        figures = compare_samples(part(fake), part(train))
+        if isinstance(network, Judge):
+            right = fake[f"logits{of_network}"].argmax(dim=1) == fake["labels"]
+            right = right[fake["labels"] >= 0].float()
+            figures.update(real_accuracy=network.accuracy)
+            figures.update(dict(sample_accuracy=right.mean().item()) if len(right) else {})
+        if of_network == "" and "image_features" in fake:
+            by_text = zero_shot(subject.model, fake["image_features"], fake["labels"], subject.class_names,
+                                subject.templates, subject.tokenize)
+            figures["sample_zero_shot"] = by_text["zero_shot_top1"]
+        row.update({f"{k}{of_network}{ending}": x for k, x in figures.items()
+                    if not (of_network or ending) or k in SECOND_FIGURES})
+    of_texts = text_figures(fake) if "shown_features" in fake else {}
+    return row | {f"drawn_{k}{ending}": x for k, x in of_texts.items()}
+
+
+def measure_dit(args, subject, model, stats, train, device, captions=None):
+    """Samples of --dit, a model of latents with these statistics, against features of training images ->
+    figures; a picture in --out. Figures of a further --guidance W end in _guidanceW, those of a further judge
+    N in _judgeN. captions: of a DiT of texts; then figures of text_figures, drawn_ before them, and
+    real_drawn_ those of the captions' own images."""
     if captions is not None:
         captions.tower.check(model)
-    tokenizer, network, row = subject.model, subject.network, {}
+    tokenizer = subject.model
     sampling = {name: getattr(args, name) for name in SAMPLING if getattr(args, name) is not None}
     sampling["bf16"] = args.precision != "fp32"
 
@@ -1704,32 +1783,18 @@ def measure_dit(args, subject, train, device, captions=None):
             features["image_features"] = tokenizer.encode_image(normalize(images.float() / 255)).float()
         return features
     if args.reference:
-        train = features_of_set(args.reference, network, device, args.batch_size)
+        train = features_of_set(args.reference, subject.network, device, args.batch_size)
+    row = {}
     for guidance in args.guidance:
-        is_first, sampling["guidance"] = guidance == args.guidance[0], guidance
-        fake = collect(range(rank(), args.n_samples, world_size()), compute, args.batch_size, "samples")
-        of_guidance = "" if is_first else f"_guidance{guidance:g}"
-        for of_network, network in (("", subject.network), *subject.others):
-            part = lambda features: {k.removesuffix(of_network): x for k, x in features.items()
-                                     if k.endswith(of_network)}
-            figures = compare_samples(part(fake), part(train))
-            if isinstance(network, Judge):
-                right = fake[f"logits{of_network}"].argmax(dim=1) == fake["labels"]
-                right = right[fake["labels"] >= 0].float()
-                figures.update(real_accuracy=network.accuracy)
-                figures.update(dict(sample_accuracy=right.mean().item()) if len(right) else {})
-            if of_network == "" and "image_features" in fake:
-                by_text = zero_shot(tokenizer, fake["image_features"], fake["labels"], subject.class_names,
-                                    subject.templates, subject.tokenize)
-                figures["sample_zero_shot"] = by_text["zero_shot_top1"]
-            row.update({f"{k}{of_network}{of_guidance}": x for k, x in figures.items()
-                        if not (of_network or of_guidance) or k in SECOND_FIGURES})
-        if captions is not None:
-            row.update({f"drawn_{k}{of_guidance}": x for k, x in text_figures(fake).items()})
+        sampling["guidance"] = guidance
+        ending = "" if guidance == args.guidance[0] else f"_guidance{guidance:g}"
+        fake = collect(own_numbers(args.n_samples, args.batch_size), compute, "samples")
+        row.update(by_first_rank(lambda: sample_figures(subject, fake, train, ending)))
     shown = None
     if captions is not None:
-        real = text_figures(captions.of_real_images(args.n_samples, args.batch_size))
-        row.update({f"real_drawn_{k}": x for k, x in real.items()})
+        images = captions.of_real_images(args.n_samples)
+        of_images = by_first_rank(lambda: text_figures(images))
+        row.update({f"real_drawn_{k}": x for k, x in of_images.items()})
         shown = captions.texts[:8], captions.of(range(8))[1]
     if rank() == 0:
         sampling["guidance"] = args.guidance[0]

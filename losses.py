@@ -286,6 +286,43 @@ def gather_objects(x):
     return parts
 
 
+def in_turn(counts):
+    """Where rows of all ranks go, rank after rank, if these take turns: the first of each, then the second of
+    each, ...: a tensor of places for each rank. counts: rows of each."""
+    order = torch.cat([torch.arange(count) for count in counts]).argsort(stable=True)
+    return order.argsort().split(counts)
+
+
+def gather_at_first(own):
+    """{name: tensor (b, ...)} of each rank, in host memory, b of its own; of one without rows, {} -> on rank
+    0, which must have rows, {name: (n, ...)} of all, who take turns (in_turn); on the others {}. It goes
+    tensor by tensor, through the device of the process group, and empties own: no other rank ever holds more
+    than its own rows."""
+    counts = gather_objects(len(next(iter(own.values()), ())))
+    if world_size() == 1:
+        return own
+    places, whole = in_turn(counts), {}
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+
+    def wait_for(operation, tensor, peer):      # in a batch, or NCCL opens a communicator for each pair
+        for work in dist.batch_isend_irecv([dist.P2POp(operation, tensor, peer)]):
+            work.wait()
+    for name in list(own):
+        x = own.pop(name)
+        if rank() > 0:
+            wait_for(dist.isend, x.to(device), 0)
+            continue
+        whole[name] = x.new_empty(sum(counts), *x.shape[1:])
+        whole[name][places[0]] = x
+        for r in range(1, world_size()):
+            if counts[r] > 0:
+                part = torch.empty(counts[r], *x.shape[1:], dtype=x.dtype, device=device)
+                wait_for(dist.irecv, part, r)
+                whole[name][places[r]] = part.cpu()
+                del part        # before room is made for the next
+    return whole
+
+
 def by_first_rank(make):
     """make() by rank 0 alone -> its result, or its error, on every rank."""
     result, error = None, None
@@ -294,7 +331,9 @@ def by_first_rank(make):
             result = make()
         except Exception as raised:
             error = raised
-    result, error = gather_objects((result, error))[0]
+    of_first = gather_objects((result, error))[0]
+    if rank() > 0:      # rank 0 keeps its own error, with its traceback
+        result, error = of_first
     if error is not None:
         raise error
     return result

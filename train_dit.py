@@ -718,7 +718,7 @@ def texts_to_show(args, source, tower, n=8):
     """Captions for pictures, of held-out scenes where the set is the built-in one, and their features."""
     if args.data is None:
         source = data.open_source(None, 8, "val")
-    captions = data.load_evaluation_set(source, 8 * n, whole=True)[1][:n]      # some may be unusable
+    _, captions, _ = next(iter(data.EvaluationSet(source, 8 * n, n, whole=True)))    # some may be unusable
     return captions, tower(captions)
 
 

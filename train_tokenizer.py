@@ -790,7 +790,7 @@ def main(argv=None):
 
 
 def open_data(args, config):
-    """-> training source, text tokenizer, and this rank's held-out and gallery samples, or None for both."""
+    """-> training source, text tokenizer, and this rank's held-out and gallery batches, or None for both."""
     needs_caption, size = args.lambda_clip > 0, config.image_size
     canvas = args.canvas or (size if args.data is None else math.ceil(5 / 4 * size))
     common = dict(classnames=args.classnames, label=args.label, needs_caption=needs_caption,
@@ -803,11 +803,11 @@ def open_data(args, config):
         return source, tokenize, None, None
     folders = getattr(source, "folders", None)
     val_source = data.open_source(args.val_data, size, "val", **common, folders=folders)
-    held_out = data.load_evaluation_set(val_source, args.eval_samples)
+    held_out = list(data.EvaluationSet(val_source, args.eval_samples))
     gallery_source = source         # what is measured is read at the image's size, as evaluate.py does
     if canvas != size:
         gallery_source = data.open_source(args.data, size, "train", args.train_size, **common)
-    return source, tokenize, held_out, data.load_evaluation_set(gallery_source, 4 * args.eval_samples)
+    return source, tokenize, held_out, list(data.EvaluationSet(gallery_source, 4 * args.eval_samples))
 
 
 def measure_now(state, tokenize, held_out, gallery, args, step):
@@ -815,7 +815,7 @@ def measure_now(state, tokenize, held_out, gallery, args, step):
     subject = evaluate.Subject(state.model, tokenize, bf16=args.precision == "bf16", n_layers=1)
     row, *_ = evaluate.measure(subject, held_out, gallery)
     if rank() == 0 and state.config.train_reconstruction:
-        picture = evaluate.reconstruction_picture(state.model, held_out[0], before=state.first_decoder)
+        picture = evaluate.reconstruction_picture(state.model, held_out[0][0], before=state.first_decoder)
         evaluate.save_image(picture, os.path.join(args.out, f"reconstructions_{step:07d}.png"))
     return row
 

@@ -1,6 +1,7 @@
 """What the tests share: where fixtures lie, how near numbers of two CPUs can be, a model small enough for a
 second of training, running a script on ranks."""
 import os
+import socket
 import subprocess
 import sys
 
@@ -110,3 +111,9 @@ def run_script(arguments, n_ranks=1, timeout=300, check=True):
     done = subprocess.run(command, cwd=ROOT, timeout=timeout, capture_output=True, text=True)
     assert not check or done.returncode == 0, done.stdout + done.stderr
     return done
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]

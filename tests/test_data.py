@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import tarfile
+import weakref
 import zlib
 from collections import Counter
 
@@ -19,11 +20,11 @@ from PIL import Image
 
 import data
 from conftest import FIXTURES, ROOT, SHARED
-from data import (BadSample, ClipBPE, FolderSource, SampleStream, TarSource, augment, clip_view,
-                  colour_jitter, draw_boxes, draw_mask_counts, draw_masks, each_sample, expand_paths,
-                  gaussian_blur, load_canvas, load_evaluation_set, make_loader, open_source, read_tar,
+from data import (BadSample, ClipBPE, EvaluationSet, FolderSource, SampleStream, TarSource, augment,
+                  clip_view, colour_jitter, draw_boxes, draw_mask_counts, draw_masks, each_sample,
+                  expand_paths, gaussian_blur, load_canvas, make_loader, open_source, read_tar,
                   render_scenes, resample, rows_at, ssl_views, step_generator, total_skipped, word_tokenizer)
-from vtp import denormalize
+from vtp import UserError, denormalize
 
 # --- the built-in set ---
 
@@ -609,8 +610,40 @@ def test_json_captions_and_labels(tmp_path):
     samples = [{"png": sample(i)["png"], "json": json.dumps(about[i]).encode()} for i in range(8)]
     write_tar(str(tmp_path / "j.tar"), samples)
     source = TarSource([str(tmp_path / "j.tar")], 8, class_names=["cat", "dog"], label="kind")
-    images, captions, labels = load_evaluation_set(source, 8)
+    (images, captions, labels), = EvaluationSet(source, 8)
     assert captions == [f"c{i}" for i in range(8)] and labels.tolist() == [0, 1] * 4
+
+
+def test_an_evaluation_set_is_read_as_often_as_asked_and_is_never_in_memory_whole():
+    class Canvas(np.ndarray):
+        """An array that can be counted."""
+    alive, most = weakref.WeakValueDictionary(), 0
+
+    class Source:
+        name = "canvases"
+
+        def __len__(self):
+            return 64
+
+        def load(self, index, draft, rng):
+            if index % 8 == 0:
+                raise BadSample("no image")
+            alive[index] = canvas = np.full((3, 2, 2), index, np.uint8).view(Canvas)
+            return canvas, f"number {index}", index
+    source, seen = Source(), []
+    batches = data.EvaluationSet(source, 60, batch_size=5)
+    for images, captions, labels in batches:
+        most = max(most, len(alive))
+        assert images.dtype == torch.uint8 and (images == labels.view(-1, 1, 1, 1)).all()
+        assert captions == [f"number {label}" for label in labels]
+        seen.append(labels.tolist())
+    expected = [i for i in data.permutation(0, 0, 64)[:60].tolist() if i % 8]
+    assert sum(seen, []) == expected == sum((labels.tolist() for _, _, labels in batches), [])
+    assert {len(labels) for labels in seen[:-1]} == {5} and len(batches) == 12 >= len(seen)
+    assert 0 < most <= 2 * 5 + 5 + 1        # those decoded ahead, a batch, and the next one's first
+    with pytest.raises(UserError, match="no usable sample for evaluation in canvases.*'no image': 1"):
+        list(data.EvaluationSet(source, 1, seed=next(
+            seed for seed in range(99) if data.permutation(seed, 0, 64)[0] % 8 == 0)))
 
 
 def make_folder(path, n=6):

@@ -15,12 +15,14 @@ import scipy.ndimage
 import scipy.optimize
 import scipy.stats
 import torch
+import torch.multiprocessing as mp
 import torch.nn.functional as F
 from PIL import Image, ImageColor
 
 import data
 import evaluate
-from conftest import FP32, ROOT, micro_config, run_script
+import losses
+from conftest import FP32, ROOT, free_port, micro_config, run_script
 from data import TEMPLATES, permutation, step_generator, word_tokenizer
 from evaluate import (ImageSet, InceptionFID, frechet_distance, inception_score, load_statistics,
                       mean_and_covariance, plot_runs, precision_recall, psnr,
@@ -742,22 +744,94 @@ def test_probes_read_the_mean_latent_or_cls_of_the_last_layers_and_the_mean_of_t
     assert set(alone) == {"latents"} and torch.equal(alone["latents"], features["latents"])
 
 
-def test_collected_features_are_those_of_all_numbers_in_their_order_and_of_all_ranks(monkeypatch):
+def numbers_collected(n):
+    """What collect makes of the numbers below n, and the sizes of this rank's batches."""
     sizes = []
 
     def compute(numbers):
         sizes.append(len(numbers))
-        return dict(x=torch.tensor(numbers), y=torch.tensor(numbers)[:, None] * 2.0)
-    found = evaluate.collect(range(7), compute, batch_size=3)
-    assert sizes == [3, 3, 1] and found["x"].tolist() == [*range(7)]
-    assert found["y"].tolist() == [[2.0 * i] for i in range(7)]
+        x = torch.tensor(numbers)
+        return dict(x=x, y=x[:, None] * 2.0, is_odd=x % 2 == 1)
+    return evaluate.collect(evaluate.own_numbers(n, 2), compute), sizes
 
-    def gather(own):        # rank 0 has 0, 2, 4; rank 1 has 1, 3; rank 2 has none
-        other = dict(x=torch.tensor([1, 3]), y=torch.tensor([[2.0], [6.0]]))
-        return [own, [1, 3] if isinstance(own, list) else other, type(own)()]
-    monkeypatch.setattr(evaluate, "gather_objects", gather)
-    both = evaluate.collect(range(0, 5, 2), compute, batch_size=2)
-    assert both["x"].tolist() == [*range(5)] and both["y"][:, 0].tolist() == [0, 2, 4, 6, 8]
+
+def collect_on_rank(rank, port, results):
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE="3")
+    losses.init_distributed()
+    results[rank] = [numbers_collected(n) for n in (8, 2)]
+    n = (5, 2, 0)[rank]     # where samples were unusable
+    results[f"unequal {rank}"] = losses.gather_at_first(dict(x=torch.arange(n) + 10 * rank) if n else {})
+    losses.leave_distributed()
+
+
+def test_collected_features_are_those_of_all_numbers_in_their_order_on_the_first_rank():
+    found, sizes = numbers_collected(7)
+    assert sizes == [2, 2, 2, 1] and found["x"].tolist() == [*range(7)]
+    with mp.Manager() as manager:
+        results = manager.dict()
+        mp.spawn(collect_on_rank, args=(free_port(), results), nprocs=3)
+        of_ranks, unequal = [results[r] for r in range(3)], [results[f"unequal {r}"] for r in range(3)]
+    assert [sizes for (_, sizes), _ in of_ranks] == [[2, 1], [2, 1], [2]]
+    assert [sizes for _, (_, sizes) in of_ranks] == [[1], [1], []]      # one has none
+    for k, n in enumerate((8, 2)):
+        x = torch.arange(n)
+        expected = dict(x=x, y=x[:, None] * 2.0, is_odd=x % 2 == 1)
+        whole, *others = (of_rank[k][0] for of_rank in of_ranks)
+        assert others == [{}, {}] and whole.keys() == expected.keys()
+        assert all(torch.equal(whole[name], expected[name]) for name in whole)
+    assert unequal[0]["x"].tolist() == [0, 10, 1, 11, 2, 3, 4] and unequal[1:] == [{}, {}]
+
+
+def test_real_images_keep_their_captions_where_samples_are_unusable(monkeypatch):
+    """Of 6 and 3 images on two ranks: what the first one shows, and where among all it stands."""
+    class Source:
+        name = "numbers"
+
+        def __len__(self):
+            return 12
+
+        def load(self, index, draft, rng):
+            return np.full((3, 2, 2), index, np.uint8), f"number {index}", index
+    monkeypatch.setattr(evaluate, "TextTower", lambda *_: lambda texts: torch.tensor(
+        [[float(text.split()[1])] for text in texts]))
+    held_out = evaluate.Passing(data.EvaluationSet(Source(), 6, batch_size=4))
+    own = sum((captions for _, captions, _ in held_out), [])
+    other = [f"number {100 + i}" for i in range(3)]
+    theirs = dict(labels=torch.arange(100, 103), caption_ids=evaluate.caption_ids(other))
+    monkeypatch.setattr(evaluate, "gather_objects", lambda own: [own, (other, theirs)])
+    args = SimpleNamespace(text_from=None, bpe=None, judge="judge.pt")
+    captions = evaluate.Captions(args, torch.device("cpu"), Source(), held_out)
+    assert captions.texts == [own[0], other[0], own[1], other[1], own[2], other[2], *own[3:]]
+    monkeypatch.setattr(captions, "shown", lambda images: dict(image=images[:, 0, 0, 0].long()))
+    for n, n_own in ((9, 6), (8, 5), (5, 3), (1, 1), (99, 6)):
+        found = captions.of_real_images(n)
+        assert torch.equal(found["image"], found["labels"]) and len(found["labels"]) == n_own
+        assert found["labels"].tolist() == [int(text.split()[1]) for text in own[:n_own]]
+    captions.places = [9]       # a rank that has none of them
+    assert captions.of_real_images(5) == {}
+
+
+def test_a_judge_has_as_many_classes_as_are_named_or_as_labels_tell(monkeypatch, tmp_path):
+    class Source:
+        name, class_names = "numbers", None
+
+        def __len__(self):
+            return 30
+
+        def fingerprint(self):
+            return "numbers"
+
+        def load(self, index, draft, rng):
+            return np.zeros((3, 8, 8), np.uint8), "", index % 4 - 1
+    monkeypatch.setattr(evaluate, "train_judge", quick_judge)
+    args = SimpleNamespace(fid_features="judge", judge=str(tmp_path / "judge.pt"))
+    sizes = [evaluate.open_fid_network(args, Source(), n, torch.device("cpu")).sizes for n in (0, 7)]
+    assert sizes == [(3,), (7,)]
+    with pytest.raises(UserError, match="numbers has a label 2, and 2 classes"):
+        evaluate.open_fid_network(args, Source(), 2, torch.device("cpu"))
+    monkeypatch.setattr(Source, "load", lambda *_: (np.zeros((3, 8, 8), np.uint8), "", -1))
+    with pytest.raises(UserError, match="a judge needs classes, and the data has none"):
+        evaluate.open_fid_network(args, Source(), 0, torch.device("cpu"))
 
 
 def test_features_of_a_set_are_of_its_images_or_are_its_statistics(tmp_path):
@@ -1075,7 +1149,7 @@ def test_measure_leaves_out_what_has_no_label_and_what_the_model_cannot_do(model
     monkeypatch.setattr(evaluate, "linear_probe", linear_probe)
     captions = [f"blob {i % 5}" for i in range(12)]
     labels = torch.tensor([0, 1, 2, -1] * 3)
-    held_out, gallery = (images[:12], captions, labels), (images[12:], captions, labels.roll(1))
+    held_out, gallery = [(images[:12], captions, labels)], [(images[12:], captions, labels.roll(1))]
     subject = evaluate.Subject(model, word_tokenizer, class_names=["a", "b", "c"])
     row, test, _ = evaluate.measure(subject, held_out, gallery, seed=4)
     assert set(row) == {
@@ -1099,7 +1173,7 @@ def test_measure_leaves_out_what_has_no_label_and_what_the_model_cannot_do(model
     # 12 captions of which 0 and 1 come three times, the others twice
     assert row["retrieval_chance"] == pytest.approx((2 * 9 + 3 * 4) / 144)
     unlabelled = torch.full((12,), -1)
-    unlabelled = (images[:12], captions, unlabelled)
+    unlabelled = [(images[:12], captions, unlabelled)]
     nothing, *_ = evaluate.measure(evaluate.Subject(model), unlabelled, gallery)
     assert set(nothing) == {"psnr", "ssim"}
     encoder = VTP(micro_config(train_reconstruction=False, train_clip=False))
@@ -1327,7 +1401,7 @@ def test_the_table_names_the_features_and_leaves_out_what_was_not_measured():
 def test_the_commands_figures_are_those_of_the_functions(evaluated, rotation_in_fp32):
     """PSNR and rFID computed from images, without parts, files and ranks."""
     row, model = results(evaluated / "tok" / "evaluation"), VTP.from_pretrained(str(evaluated / "tok")).eval()
-    images, _, _ = data.load_evaluation_set(data.BuiltinSource(2048, 64, "val"), 23)
+    (images, _, _), = data.EvaluationSet(data.BuiltinSource(2048, 64, "val"), 23)
     with torch.no_grad():
         reconstructions = denormalize(model.decode(model.encode(normalize(images / 255)))).clamp(0, 1)
     path, source = evaluated / "tok" / "latents" / "judge.pt", data.BuiltinSource(48, 64)
@@ -1346,17 +1420,17 @@ def test_two_ranks_measure_the_same(evaluated):
     two_ranks.mkdir()
     run_script([evaluated / "in_fp32.py", two_ranks, "--tokenizer", evaluated / "tok",
                 "--dit", evaluated / "dit", *SMALL, "--out", two_ranks], n_ranks=2)
-    one, *of_ranks = (torch.load(folder / f"collected{r}", weights_only=True) for folder, r in (
+    one, two, of_rank_1 = (torch.load(folder / f"collected{r}", weights_only=True) for folder, r in (
         (evaluated, 0), (two_ranks, 0), (two_ranks, 1)))
     assert [len(collected["logits" if k else "psnr"]) for k, collected in enumerate(one)] == [23, 48, 11]
-    for two in of_ranks:
-        assert [x.keys() for x in two] == [x.keys() for x in one]
-        for name, x, y in ((name, x[name], y[name]) for x, y in zip(one, two) for name in x):
-            # Of the largest value: fp32's rounding, and that of some pixels to another of 8 bits (seen: 3e-4;
-            # two images differ by 1e-1). Numbers of labels and captions are exact.
-            near = 3e-3 if name.endswith(("pool", "logits")) else FP32["atol"]
-            near = near * x.abs().max().item() if x.is_floating_point() else 0
-            torch.testing.assert_close(y, x, atol=near, rtol=0, msg=lambda m: f"{name}: {m}")
+    assert of_rank_1 == [{}] * 3        # rank 0 alone has features of all
+    assert [x.keys() for x in two] == [x.keys() for x in one]
+    for name, x, y in ((name, x[name], y[name]) for x, y in zip(one, two) for name in x):
+        # Of the largest value: fp32's rounding, and that of some pixels to another of 8 bits (seen: 3e-4;
+        # two images differ by 1e-1). Numbers of labels and captions are exact.
+        near = 3e-3 if name.endswith(("pool", "logits")) else FP32["atol"]
+        near = near * x.abs().max().item() if x.is_floating_point() else 0
+        torch.testing.assert_close(y, x, atol=near, rtol=0, msg=lambda m: f"{name}: {m}")
     one, two = results(evaluated / "tok" / "evaluation"), results(two_ranks)
     assert one.keys() == two.keys()
     for name, value in one.items():
@@ -1420,11 +1494,12 @@ def test_pairs_are_held_out_if_nothing_has_seen_them(evaluated, of_texts, tmp_pa
         assert args.hold_out_pairs == hold_out_pairs and args.text_from == str(tmp_path / "tok")
     val_source, source = data.BuiltinSource(2048, 8, "val"), data.BuiltinSource(48, 64)
     args.judge, args.n_val = str(evaluated / "tok" / "latents_text" / "judge.pt"), 60
-    held_out = data.load_evaluation_set(val_source, 60)
-    captions = evaluate.Captions(args, torch.device("cpu"), source, val_source, held_out)
+    held_out = evaluate.Passing(data.EvaluationSet(val_source, 60))
+    (_, texts, _), = held_out
+    captions = evaluate.Captions(args, torch.device("cpu"), source, held_out)
     found, pairs = captions.of(range(60))[0]["is_held_out"].tolist(), captions.all["said"][:, :2].tolist()
     assert found == [tuple(pair) in data.HELD_OUT_PAIRS for pair in pairs] and sum(found) >= 2
-    assert captions.texts == held_out[1]
+    assert captions.texts == texts
 
 
 def test_an_attribute_judge_learns_the_built_in_sets_attributes(tmp_path, monkeypatch):
@@ -1445,7 +1520,7 @@ def test_two_ranks_measure_the_same_of_texts(of_texts, evaluated, tmp_path):
     run_script([evaluated / "in_fp32.py", tmp_path, "--tokenizer", evaluated / "tok", "--dit", of_texts,
                 *SMALL, "--n_samples", "31", "--out", tmp_path], n_ranks=2)
     one = torch.load(of_texts / "collected0", weights_only=True)
-    two = torch.load(tmp_path / "collected1", weights_only=True)
+    two = torch.load(tmp_path / "collected0", weights_only=True)
     # 11 samples there, 31 here, of 23 captions: the last ones begin anew
     for name in ("said", "labels", "caption_ids"):
         assert torch.equal(two[-2][name][:11], one[-2][name])
@@ -1488,10 +1563,10 @@ def test_without_inception_fid_is_an_error_that_says_what_to_do(evaluated, tmp_p
 def test_zero_shot_takes_squashed_images_where_asked(model, images):
     """As the authors' protocol does; all other figures stay with the centre crop."""
     captions, labels = [f"blob {i}" for i in range(12)], torch.arange(12) % 3
-    held_out, gallery = (images[:12], captions, labels), (images[12:], captions, labels)
+    held_out, gallery = [(images[:12], captions, labels)], [(images[12:], captions, labels)]
     subject = evaluate.Subject(model, word_tokenizer, class_names=["a", "b", "c"], n_layers=1)
     plain, test, _ = evaluate.measure(subject, held_out, gallery)
-    subject.squashed = (images[:12].flip(-1), captions, labels)
+    subject.squashed = [(images[:12].flip(-1), captions, labels)]
     row, again, _ = evaluate.measure(subject, held_out, gallery)
     assert all(torch.equal(x, again[name]) for name, x in test.items())
     features = model.encode_image(normalize(images[:12].flip(-1) / 255))

@@ -33,7 +33,7 @@ import dit
 import evaluate
 import train_dit
 import train_tokenizer
-from data import (BadSample, SampleStream, TarSource, each_sample, load_evaluation_set, read_tar,
+from data import (BadSample, EvaluationSet, SampleStream, TarSource, each_sample, read_tar,
                   word_tokenizer)
 from test_data import write_tar
 from vtp import UserError
@@ -247,7 +247,8 @@ def test_of_a_damaged_tar_what_is_whole_comes_and_the_rest_is_counted(tmp_path, 
         for (image, *rest), (of_whole, *rest_of_whole) in zip(found[:n_before], expected):
             assert np.array_equal(image, of_whole) and rest == rest_of_whole, case
         try:
-            assert len(load_evaluation_set(source, 1000)[0]) == len(good) > 0, case
+            batches = EvaluationSet(source, 1000, batch_size=3)
+            assert sum(len(labels) for _, _, labels in batches) == len(good) > 0, case
         except UserError as error:
             assert not good and str(path.name) in str(error), case
         n_bad = len(found) - len(good)

@@ -12,6 +12,7 @@ import torch.multiprocessing as mp
 import torch.nn.functional as F
 
 import losses
+from conftest import free_port
 from losses import (LPIPS, clip_loss, cross_entropy, dino_loss, ibot_loss, koleo_loss,
                     reconstruction_loss, sinkhorn_knopp)
 
@@ -220,13 +221,6 @@ def on_rank(rank, world, address, results):
     losses.leave_distributed()
     assert results["last rank is done"] and not dist.is_initialized()       # each waited for it
     assert (losses.rank(), losses.world_size()) == (0, 1)
-
-
-def free_port():
-    import socket
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
 
 
 def test_two_ranks_have_the_loss_and_the_gradient_of_one():
