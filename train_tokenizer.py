@@ -132,8 +132,9 @@ def make_parser():
     section("stage 2: L = L_rec + gan_weight a L_gan, a adapted so that both move the decoder alike (VQGAN)")
     option("--gan_weight", 0.5, "of the adversarial term (latent diffusion; VQGAN: 0.8); 0 builds none",
            not_negative)
-    option("--gan_start", 0.1, "part of the run before that term begins; the discriminator learns meanwhile",
-           share)
+    # From a discriminator that has not learned yet the decoder runs away, and it then learns no more.
+    option("--gan_start", 0.1, "part of the run before that term begins, after 300 steps or more: the "
+           "discriminator learns meanwhile", share, tiny=0.5)
     option("--discriminator_lr", 1.0, "factor for the discriminator, which has no weight decay", positive)
     option("--decoder_ema", 0.999, "momentum of the averaged decoder, which is measured and exported", share,
            tiny=0.99)
