@@ -1199,6 +1199,36 @@ def test_sample_picture_has_a_row_for_each_of_the_first_classes_from_the_same_no
     assert pictures[1].width > pictures[0].width      # "class 0" is longer than "a"
 
 
+def test_samples_are_of_all_classes_alike_or_as_often_as_in_the_training_set(monkeypatch, tmp_path):
+    drawn = []
+
+    def generate(model, tokenizer, stats, noise, labels, **_):
+        drawn.extend(labels.tolist())
+        return torch.zeros(len(labels), 3, 8, 8)
+    monkeypatch.setattr(evaluate, "generate", generate)
+    monkeypatch.setattr(evaluate, "sample_figures", lambda *_: {})
+    monkeypatch.setattr(evaluate, "sample_picture", lambda *_, **__: Image.new("RGB", (8, 8)))
+    subject = evaluate.Subject(model=None)
+    dit = SimpleNamespace(latent_shape=(1, 1, 1), num_classes=3)
+    train = dict(labels=torch.tensor([0] * 9 + [2] + [-1] * 30))
+
+    def labels(sample_labels, batch_size, train=train):
+        args = dict(reference=None, seed=0, guidance=[1.0], n_samples=600, batch_size=batch_size,
+                    precision="fp32", out=str(tmp_path), sample_labels=sample_labels)
+        args = SimpleNamespace(**dict.fromkeys(evaluate.SAMPLING) | args)
+        drawn.clear()
+        evaluate.measure_dit(args, subject, dit, None, train, torch.device("cpu"))
+        return drawn.copy()
+    of_data, uniform = labels("data", 64), labels("uniform", 64)
+    assert of_data == labels("data", 7)
+    counts = [np.bincount(x, minlength=3) / 600 for x in (of_data, uniform)]
+    # shares of 600 draws: 5 standard deviations are 0.06 and 0.1
+    assert counts[0] == pytest.approx([0.9, 0, 0.1], abs=0.06) and counts[0][1] == 0
+    assert counts[1] == pytest.approx([1 / 3] * 3, abs=0.1)
+    with pytest.raises(UserError, match="no training image has a label"):
+        labels("data", 64, dict(labels=torch.tensor([-1])))
+
+
 def test_latent_statistics_are_read_and_other_files_refused(tmp_path):
     stats = dict(mean=torch.randn(1, 4, 1, 1).double(), std=torch.rand(1, 4, 1, 1).double())
     torch.save(stats, tmp_path / "stats.pt")
