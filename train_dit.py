@@ -226,6 +226,8 @@ def read_prompts(prompts):
     if len(prompts) == 1 and os.path.isfile(prompts[0]):
         with open(prompts[0], encoding="utf-8") as f:
             prompts = [line.strip() for line in f if line.strip()]
+    elif len(prompts) == 1 and prompts[0].endswith(".txt"):
+        raise ValueError(f"--prompt {prompts[0]}: no such file")
     if not prompts:
         raise ValueError("--prompt: no text in that file")
     return prompts

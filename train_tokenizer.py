@@ -6,7 +6,7 @@ on against a discriminator, on frozen latents (stage 2).
 On any machine, a few minutes, on built-in data; then the paper's autoencoder baseline:
     python train_tokenizer.py
     python train_tokenizer.py --lambda_clip 0 --lambda_ssl 0 --out runs/ae
-Its pixel decoder on against a discriminator, its latents as they are (see README: not yet tuned):
+Its pixel decoder on against a discriminator, its latents as they are:
     python train_tokenizer.py --stage 2 --init runs/tokenizer --out runs/stage2
 
 8 GPUs of 80 GB on one node (256 pairs each; without --checkpoint_blocks 48, --batch_size 384), WebDataset
@@ -132,9 +132,10 @@ def make_parser():
     section("stage 2: L = L_rec + gan_weight a L_gan, a adapted so that both move the decoder alike (VQGAN)")
     option("--gan_weight", 0.5, "of the adversarial term (latent diffusion; VQGAN: 0.8); 0 builds none",
            not_negative)
-    # From a discriminator that has not learned yet the decoder runs away, and it then learns no more.
-    option("--gan_start", 0.1, "part of the run before that term begins, after 300 steps or more: the "
-           "discriminator learns meanwhile", share, tiny=0.5)
+    # The decoder runs away from a discriminator that has not learned yet, which then never does: tiny's was
+    # right in 50 % after a start at step 32 or 192, in 60 to 80 % after one at 320 or 480.
+    option("--gan_start", 0.1, "part of the run before that term begins; the discriminator, which learns "
+           "meanwhile, needs some 300 steps", share, tiny=0.5)
     option("--discriminator_lr", 1.0, "factor for the discriminator, which has no weight decay", positive)
     option("--decoder_ema", 0.999, "momentum of the averaged decoder, which is measured and exported", share,
            tiny=0.99)

@@ -1016,9 +1016,10 @@ def test_prompts_belong_to_texts(micro_model, finished, from_text, tmp_path, cap
             sample_into(tmp_path / "a", run_folder, *more)
         assert "--prompt belongs to --sample of a DiT that draws texts" in capsys.readouterr().err
     (tmp_path / "empty.txt").write_text("\n \n")
-    with pytest.raises(SystemExit):
-        sample_into(tmp_path / "a", from_text, "--prompt", str(tmp_path / "empty.txt"))
-    assert "no text in that file" in capsys.readouterr().err
+    for name, error in (("empty.txt", "no text in that file"), ("none.txt", "none.txt: no such file")):
+        with pytest.raises(SystemExit):
+            sample_into(tmp_path / "a", from_text, "--prompt", str(tmp_path / name))
+        assert error in capsys.readouterr().err
     VTP(micro_config(train_clip=False)).save_pretrained(str(tmp_path / "blind"))
     arguments = ["--tokenizer", str(tmp_path / "blind"), "--condition", "text", "--out", str(tmp_path / "o")]
     with pytest.raises(SystemExit):

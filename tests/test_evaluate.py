@@ -1225,8 +1225,9 @@ def test_samples_are_of_all_classes_alike_or_as_often_as_in_the_training_set(mon
     # shares of 600 draws: 5 standard deviations are 0.06 and 0.1
     assert counts[0] == pytest.approx([0.9, 0, 0.1], abs=0.06) and counts[0][1] == 0
     assert counts[1] == pytest.approx([1 / 3] * 3, abs=0.1)
-    with pytest.raises(UserError, match="no training image has a label"):
-        labels("data", 64, dict(labels=torch.tensor([-1])))
+    for train_labels, error in (([-1], "no training image has a label"), ([3], "label 3, and a DiT of 3")):
+        with pytest.raises(UserError, match=error):
+            labels("data", 64, dict(labels=torch.tensor(train_labels)))
 
 
 def test_latent_statistics_are_read_and_other_files_refused(tmp_path):
