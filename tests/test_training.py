@@ -795,7 +795,8 @@ def test_pairs_are_held_out_of_the_training_set_alone(micro_model, tmp_path):
     p = data.draw_parameters(source.indices, "train")
     assert len(source) == 64 and "without 10" in source.name and not data.has_held_out_pair(p, True).any()
     whole = data.BuiltinSource(2048, 64, "val").captions
-    assert set(held_out[1]) <= set(whole) and set(gallery[1]) <= set(source.captions)
+    for batches, captions in ((held_out, whole), (gallery, source.captions)):
+        assert {text for _, texts, _ in batches for text in texts} <= set(captions)
 
 
 def test_resume_needs_the_checkpoint_and_the_arguments_of_a_run(tmp_path, capsys):
