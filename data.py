@@ -198,32 +198,50 @@ class FolderSource:
 
 class TarSource:
     """WebDataset tars: KEY.jpg (or another image), KEY.txt or KEY.json (its "caption"), perhaps KEY.cls.
-    label: "cls" or a field of KEY.json; a label is a number or one of class_names."""
+    label: "cls" or a field of KEY.json; a label is a number or one of class_names. In training a reader
+    shuffles shuffle_buffer samples at a time, from at_once shards."""
     def __init__(self, paths, canvas, class_names=None, label="cls", needs_caption=True, shuffle_buffer=1024,
-                 squash=False):
+                 at_once=4, squash=False):
         self.paths, self.canvas, self.class_names, self.label = paths, canvas, class_names, label
-        self.shuffle_buffer, self.needs_caption, self.squash = shuffle_buffer, needs_caption, squash
+        self.shuffle_buffer, self.at_once = shuffle_buffer, at_once
+        self.needs_caption, self.squash = needs_caption, squash
         self.name = f"{len(paths)} tars, {os.path.basename(paths[0])} ..."
 
     def fingerprint(self, with_captions=False):
         names = (os.path.basename(path) for path in self.paths)
         return digest_of("tars", self.label, self.class_names, *names, *file_states(self.paths))
 
-    def walk(self, visits, parts=1, seed=None):
-        """The samples of visits (v, how many are done): (v, shard, number in the shard, {extension: bytes}).
-        Visit v reads every parts-th sample of a shard. v counts all parts of all shards, and on through
-        epochs, each in a random order (seed None: in order)."""
-        n_empty = 0
-        for visit, n_done in visits:
-            n_empty += 1
-            if n_empty > parts * len(self.paths) + 100:  # a reader may skip epochs, and meet few shards
-                raise UserError(f"{self.name}: a whole epoch had no sample for one of the readers")
+    def walk(self, visits, parts=1, seed=None, at_once=1):
+        """The samples of visits (v, number in the shard to begin at): (open, shard, number in the shard,
+        {extension: bytes}). Visit v reads every parts-th sample of a shard. v counts all parts of all shards,
+        and on through epochs, each in a random order (seed None: in order). at_once visits of an epoch are
+        open and give a sample each in turn; open has the next number of each, {v: number}, this sample's
+        first; at the end of an epoch also of those that have ended."""
+        def samples_of(visit, first):
             epoch, place = divmod(visit // parts, len(self.paths))
             shard = place if seed is None else int(permutation(seed, epoch, len(self.paths))[place])
             for number, sample in enumerate(read_tar(self.paths[shard])):
-                if number >= n_done and number % parts == visit % parts:
-                    n_empty = 0
-                    yield visit, shard, number, sample
+                if number >= first and number % parts == visit % parts:
+                    yield shard, number, sample
+
+        def begin(n):
+            return [(visit, first, samples_of(visit, first)) for visit, first in itertools.islice(of_epoch, n)]
+        n_empty = 0
+        for _, of_epoch in itertools.groupby(visits, lambda item: item[0] // (parts * len(self.paths))):
+            opened, ended = deque(begin(at_once)), {}
+            while opened:
+                visit, first, samples = opened.popleft()
+                if found := next(samples, None):
+                    shard, number, sample = found
+                    yield {visit: number, **{v: n for v, n, _ in opened}, **ended}, shard, number, sample
+                    opened.append((visit, number + 1, samples))
+                elif following := begin(1):
+                    opened += following
+                else:
+                    ended[visit] = first
+                n_empty = 0 if found else n_empty + 1
+                if n_empty > parts * len(self.paths) + 100:  # a reader may skip epochs, and meet few shards
+                    raise UserError(f"{self.name}: a whole epoch had no sample for one of the readers")
 
     def decode(self, sample, draft):
         if "broken tar" in sample:
@@ -342,12 +360,13 @@ class SampleStream(torch.utils.data.IterableDataset):
 
     Random access: global batch s takes places [s B, (s + 1) B) of an endless shuffled sequence,
     whatever the number of ranks and workers.
-    Tars: reader k of n makes visits k, k + n, ... (TarSource.walk) and shuffles blocks of shuffle_buffer
-    samples. With as many readers as before a run goes on exactly, else its open blocks come once more.
+    Tars: reader k of n makes visits k, k + n, ... (TarSource.walk), some at once, and shuffles blocks of
+    shuffle_buffer samples. With as many readers as before a run goes on exactly, else its open blocks come once more.
     place is where to go on:
         batches   how many are done
         parts     of each shard: in all at least as many as readers, in a new run
-        readers   {reader: state}. Of tars: `given` samples are done of a block from `sample` of `visit` on
+        readers   {reader: state}. Of tars: `given` samples are done of the block that begins with these
+                  visits `open`, {visit: number in the shard of the first sample}
         next      when readers were last dealt out, every visit below this was done, but for those in
         open      {visit: number in the shard of the first sample to come}
         skipped   {reason: samples} before that; each reader's state has its own since"""
@@ -413,14 +432,15 @@ class SampleStream(torch.utils.data.IterableDataset):
     def shuffled_tar_samples(self, reader):
         """Undecoded samples in the reader's order, with the state after each."""
         parts, given = self.place["parts"], self.place["readers"][reader]["given"]
-        in_order = self.source.walk(visits_left(self.place, reader), parts, self.seed)
+        in_order = self.source.walk(visits_left(self.place, reader), parts, self.seed, self.source.at_once)
         visits_of_an_epoch = parts * len(self.source.paths)
-        for _, epoch in itertools.groupby(in_order, key=lambda item: item[0] // visits_of_an_epoch):
+        for _, epoch in itertools.groupby(in_order, key=lambda item: min(item[0]) // visits_of_an_epoch):
             while block := list(itertools.islice(epoch, self.source.shuffle_buffer)):
-                visit, _, first, _ = block[0]
-                order = np.random.default_rng([self.seed, reader, visit, first]).permutation(len(block))
+                start = block[0][0]
+                rng = np.random.default_rng([self.seed, reader, *next(iter(start.items()))])
+                order = rng.permutation(len(block))
                 for place in range(given, len(block)):
-                    yield block[order[place]][-1], dict(visit=visit, sample=first, given=place + 1)
+                    yield block[order[place]][-1], dict(open=start, given=place + 1)
                 given = 0
 
     def skip(self, skipped, reason, n_good):
@@ -438,10 +458,10 @@ class SampleStream(torch.utils.data.IterableDataset):
 
 
 def visits_left(place, reader):
-    """A reader's visits from its state on: (visit, how many of its samples are done)."""
-    state, n_readers = place["readers"][reader], len(place["readers"])
-    yield state["visit"], state["sample"]
-    for visit in itertools.count(state["visit"] + n_readers, n_readers):
+    """A reader's visits from its state on: (visit, number in the shard of its next sample)."""
+    opened, n_readers = place["readers"][reader]["open"], len(place["readers"])
+    yield from opened.items()
+    for visit in itertools.count(max(opened) + n_readers, n_readers):
         if visit >= place["next"] or visit in place["open"]:
             yield visit, place["open"].get(visit, 0)
 
@@ -455,14 +475,14 @@ def total_skipped(place):
 def deal_out(place, n_readers):
     """A SampleStream's place for another number of readers."""
     following, begun = place["next"], {}
-    if all("visit" in state for state in place["readers"].values()):  # else random access
-        following = max([following, *(state["visit"] + 1 for state in place["readers"].values())])
+    if all("open" in state for state in place["readers"].values()):  # else random access
+        following = max([following, *(1 + max(state["open"]) for state in place["readers"].values())])
         for reader in place["readers"]:
             begun |= itertools.takewhile(lambda item: item[0] < following, visits_left(place, reader))
     readers = {}
     for r in range(n_readers):
         visit = next(v for v in itertools.count(r, n_readers) if v >= following or v in begun)
-        readers[r] = dict(visit=visit, sample=begun.get(visit, 0), given=0, skipped={})
+        readers[r] = dict(open={visit: begun.get(visit, 0)}, given=0, skipped={})
     return {**place, "readers": readers, "next": following, "open": begun, "skipped": total_skipped(place)}
 
 

@@ -301,6 +301,21 @@ def test_an_epoch_of_tars_has_every_sample_once_shuffled_and_reproducible(tars):
     assert batch["labels"].tolist() == [n % 3 for n in numbers(batch)]
 
 
+def test_a_block_holds_as_much_of_each_shard_that_is_open(tmp_path):
+    """So a batch is mixed where each tar is of one kind: here a caption is its tar's."""
+    for shard in range(8):
+        write_tar(str(tmp_path / f"{shard}.tar"), [sample(i, txt=f"number {shard}".encode())
+                                                   for i in range(16)])
+    stream = tar_stream(str(tmp_path / "*.tar"), buffer=32)     # 8 samples of each of 4 tars
+    kinds = [number(given) for given, _ in itertools.islice(stream.shuffled_tar_samples(0), 128)]
+    blocks = [Counter(kinds[k:k + 32]) for k in range(0, 128, 32)]
+    assert all(sorted(block.values()) == [8] * 4 for block in blocks)
+    assert blocks[0] == blocks[1] and not blocks[0] & blocks[2] and blocks[2] == blocks[3]
+    batches = [set(kinds[k:k + 8]) for k in range(0, 128, 8)]
+    # 3 % of random draws of 8 have fewer than 3 kinds, and 16 batches have it more than twice in 1 of 100
+    assert sum(len(kinds) < 3 for kinds in batches) <= 2
+
+
 @pytest.mark.parametrize("n_readers", [2, 3, 5])       # fewer, as many, more than there are tars
 def test_readers_share_tars_without_overlap(tars, n_readers):
     source = TarSource(expand_paths(tars), 8, shuffle_buffer=7)
@@ -354,7 +369,7 @@ def give_out(source, n_readers, place=None, counts=None, until_epoch=None):
     for reader in range(n_readers):
         samples = stream.shuffled_tar_samples(reader)
         for sample, state in itertools.islice(samples, None if counts is None else counts[reader]):
-            epoch = state["visit"] // visits_of_an_epoch
+            epoch = min(state["open"]) // visits_of_an_epoch
             if until_epoch is not None and epoch >= until_epoch:
                 break
             given[epoch, number(sample)] += 1

@@ -833,7 +833,7 @@ def test_a_checkpoint_is_replaced_whole_or_not_at_all(micro_model, tmp_path, mon
     """A disk that is full costs a checkpoint, not the run; at its end it is an error of one line."""
     _, _, state, _ = setting(micro_model, tmp_path / "o")
     saving = saving_to(tmp_path / "c.pt")
-    place = dict(batches=1, readers={0: dict(visit=0, skipped={"no image": 1})})
+    place = dict(batches=1, readers={0: dict(open={0: 0}, given=0, skipped={"no image": 1})})
     train.save_checkpoint(saving, state, 1, False, 1e9, place)
     assert train.load_checkpoint(saving.path, state, torch.device("cpu")) == (1, 1e9, place)
     before, real = open(saving.path, "rb").read(), torch.save
