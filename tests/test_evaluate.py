@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import threading
+import tracemalloc
 from types import SimpleNamespace
 
 import numpy as np
@@ -370,6 +371,18 @@ def test_images_come_from_an_npz_compressed_or_not(save, tmp_path):
         path = str(tmp_path / f"{name}.npz")
         save(path, array, labels=np.arange(5))
         assert np.array_equal(stacked(ImageSet(path)).numpy().transpose(0, 2, 3, 1), images)
+
+
+def test_of_an_npz_no_more_is_in_memory_than_is_asked_for(tmp_path):
+    images = np.random.default_rng(0).integers(0, 256, (5000, 64, 64, 3), dtype=np.uint8)      # 61 MB
+    np.savez(tmp_path / "a.npz", arr_0=images)
+    tracemalloc.start()
+    found = ImageSet(str(tmp_path / "a.npz"))
+    for numbers in (range(1, 3), range(7, 4999, 900), [4999], [0]):     # the last goes back
+        assert np.array_equal(found.batch(numbers).numpy().transpose(0, 2, 3, 1), images[list(numbers)])
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 24e6      # what is skipped is read, too, at most 2 ** 24 bytes at a time
 
 
 def test_a_bad_place_for_images_is_an_error_before_the_first_image(tmp_path):
