@@ -225,7 +225,7 @@ class TarSource:
                     yield shard, number, sample
 
         def begin(n):
-            return [(visit, first, samples_of(visit, first)) for visit, first in itertools.islice(of_epoch, n)]
+            return [(*visit, samples_of(*visit)) for visit in itertools.islice(of_epoch, n)]
         n_empty = 0
         for _, of_epoch in itertools.groupby(visits, lambda item: item[0] // (parts * len(self.paths))):
             opened, ended = deque(begin(at_once)), {}
@@ -361,7 +361,8 @@ class SampleStream(torch.utils.data.IterableDataset):
     Random access: global batch s takes places [s B, (s + 1) B) of an endless shuffled sequence,
     whatever the number of ranks and workers.
     Tars: reader k of n makes visits k, k + n, ... (TarSource.walk), some at once, and shuffles blocks of
-    shuffle_buffer samples. With as many readers as before a run goes on exactly, else its open blocks come once more.
+    shuffle_buffer samples. With as many readers as before a run goes on exactly, else its open blocks come
+    once more.
     place is where to go on:
         batches   how many are done
         parts     of each shard: in all at least as many as readers, in a new run

@@ -306,15 +306,18 @@ def sample(model, noise, y, steps=250, method="euler", shift=1.0, guidance=1.0, 
     """Normalised latents (B, d, h, w) from noise of that shape and y, labels (B,) or texts' features.
     steps: points of the time grid, one more than integration steps (the authors' count). guidance > 1 acts at
     times interval[0] <= t <= interval[1]; elsewhere the null branch is not computed. Embeddings are computed
-    once, and modulations once for each step and class or text that occurs."""
+    once, and modulations once for each step and class, or each step and sample where classes are more."""
     if method not in METHODS or steps < 2:
         raise ValueError(f"method {method!r}, steps {steps}: not of {', '.join(METHODS)}, or under 2 points")
     times = time_grid(steps, shift)
     is_guided = [guidance > 1 and interval[0] <= t <= interval[1] for t in times]
-    different, rows = y.unique(dim=0, return_inverse=True)
-    y_embedding = model.y_embedder(torch.cat((different, torch.full_like(different[:1], model.null))))
+    # as many conditions in each batch of a size: their number is a shape that compiled blocks are made for
+    known, rows = y, torch.arange(len(y), device=y.device)
+    if y.ndim == 1 and model.num_classes < len(y):
+        known, rows = torch.arange(model.num_classes, device=y.device), y
+    y_embedding = model.y_embedder(torch.cat((known, torch.full_like(known[:1], model.null))))
     time_embedding = model.t_embedder(torch.tensor(times, device=y.device))  # (steps, dim)
-    both_rows = torch.cat((rows, torch.full_like(rows, len(different))))  # then all the null
+    both_rows = torch.cat((rows, torch.full_like(rows, len(known))))  # then all the null
 
     def velocity(x, k):
         conditions = time_embedding[k] + y_embedding

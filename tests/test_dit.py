@@ -1,5 +1,6 @@
 """The DiT against the authors' numbers, flow matching and the samplers against closed forms, the
 latent cache, train_dit.py."""
+import functools
 import json
 import math
 import os
@@ -662,6 +663,42 @@ def setting(micro_model, finished, *more, device="cpu"):
         latents, labels = (x.to(device) for x in cache.batch(step, args.batch_size, 0))
         return train_dit.make_batch(args, step, latents, labels, mean, std, state.model.null)
     return args, state, make_batch
+
+
+@pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="needs a C++ compiler")
+def test_compiled_steps_follow_eager_ones(micro_model, finished):
+    """To fp32's rounding: kernels of several operations round less often, and sum in another order. Adam's
+    first steps are signs, which turn where a gradient is nearly 0: so the rate is small."""
+    curves = []
+    for more in ("--no-compile", "--compile"):
+        _, state, make_batch = setting(micro_model, finished, more)
+        state.optimizer.param_groups[0]["lr"].fill_(1e-5)
+        curves.append([])
+        for step in range(3):
+            train_dit.train_step(state, make_batch(step))
+            curves[-1].append([state.totals[name].item() for name in ("loss", "grad_norm")])
+    torch.testing.assert_close(*map(torch.tensor, curves), atol=0, rtol=1e-4)
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("num_classes", [3, 50])       # fewer and more than samples
+def test_sampling_asks_the_device_nothing_and_compiles_nothing_anew(num_classes, monkeypatch):
+    model = lively(num_classes=num_classes)
+    batches = [(torch.randn(6, 6, 4, 4), torch.randint(num_classes, (6,))) for _ in range(3)]
+    settings = dict(steps=5, method="adams", guidance=2.0, interval=(0.3, 1.0))
+    expected = [sample(model, *batch, **settings) for batch in batches]
+    monkeypatch.setattr(torch.nn.Module, "compile",
+                        functools.partialmethod(torch.nn.Module.compile, backend="eager"))
+    train_dit.compile_blocks(model)
+    try:
+        for batch, latents in zip(batches, expected):
+            torch.testing.assert_close(sample(model, *batch, **settings), latents, **FP32)
+            torch.compiler.set_stance("fail_on_recompile")
+    finally:
+        torch.compiler.set_stance("default")
+        torch._dynamo.reset()
+    with NothingAsked():
+        sample(lively(num_classes=num_classes), *batches[0], **settings)
 
 
 def test_a_run_leaves_what_it_says(finished):

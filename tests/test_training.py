@@ -1076,6 +1076,7 @@ def test_a_captured_step_reads_new_inputs_and_schedules_and_compiles_nothing_ane
                                                                                   monkeypatch, more):
     n_steps, curves = train.CapturedStep.WARM_UP + 4, []
     # dynamo's guards are what is tested: no C++ compiler is needed
+    monkeypatch.setattr(train, "is_compiled", lambda *_: True)
     monkeypatch.setattr(torch.nn.Module, "compile",
                         functools.partialmethod(torch.nn.Module.compile, backend="eager"))
     for captured in (False, True):
@@ -1114,6 +1115,25 @@ def test_a_step_asks_the_device_nothing(micro_model, tmp_path, kind):
         with mode:
             train.train_step(state, batch)
     assert mode.n_operations > 500
+
+
+def test_blocks_are_compiled_where_it_pays_and_works(micro_model, tmp_path, monkeypatch, capsys):
+    compiled = []
+    monkeypatch.setattr(train, "compile_blocks", lambda *modules: compiled.append(modules))
+    monkeypatch.setattr(torch, "compile", lambda f: f)
+    for more, is_wanted in ((["--samples", "39999"], False), (["--samples", "40000"], True),    # batches of 4
+                            (["--samples", "40000", "--no-compile"], False), (["--compile"], True)):
+        compiled.clear()
+        setting(micro_model, tmp_path / "o", *more)
+        assert bool(compiled) == is_wanted, more
+    assert capsys.readouterr().out == ""
+
+    def fails(_):
+        raise RuntimeError("no compiler\nmore of it")
+    compiled.clear()
+    monkeypatch.setattr(torch, "compile", fails)
+    setting(micro_model, tmp_path / "o", "--compile")
+    assert not compiled and capsys.readouterr().out.endswith("compile fails here: no compiler\n")
 
 
 def test_what_asks_the_device_is_noticed():
