@@ -46,7 +46,10 @@ def lively(**sizes):
     torch.manual_seed(0)
     small = dict(dim=32, depth=2, n_heads=2, patch_size=1, input_size=4, in_channels=6,
                  num_classes=5)
-    model = DiT(**{**small, **sizes}).eval()
+    return with_lively_weights(DiT(**{**small, **sizes})).eval()
+
+
+def with_lively_weights(model):
     for p in model.parameters():
         if p.requires_grad:
             torch.nn.init.normal_(p, std=0.2)
@@ -672,12 +675,14 @@ def test_compiled_steps_follow_eager_ones(micro_model, finished):
     curves = []
     for more in ("--no-compile", "--compile"):
         _, state, make_batch = setting(micro_model, finished, more)
+        torch.manual_seed(0)
+        with_lively_weights(state.model)        # else blocks are the identity
         state.optimizer.param_groups[0]["lr"].fill_(1e-5)
         curves.append([])
         for step in range(3):
             train_dit.train_step(state, make_batch(step))
             curves[-1].append([state.totals[name].item() for name in ("loss", "grad_norm")])
-    torch.testing.assert_close(*map(torch.tensor, curves), atol=0, rtol=1e-4)
+    torch.testing.assert_close(*map(torch.tensor, curves), **FP32)
     torch._dynamo.reset()
 
 
