@@ -11,7 +11,11 @@ make_loader(SampleStream(open_source(...), ...)) gives it:
 
 Crops, colours and masks are drawn on the device from (seed, step) for the global batch, of which rank r takes
 every W-th sample: the number of ranks changes nothing.
+
+How fast all this is on a machine and a set, and how many loader processes an H100 takes:
+    python data.py --benchmark --data 'train-{00000..00041}.tar'
 """
+import argparse
 import functools
 import glob
 import gzip
@@ -25,6 +29,7 @@ import os
 import re
 import signal
 import tarfile
+import time
 import unicodedata
 import zlib
 from collections import Counter, deque
@@ -33,9 +38,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+import torch.nn.functional as F
+from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
-from losses import gather_objects, rank, world_size
+from losses import gather_objects, keep_freed_memory, one_line_errors, rank, world_size
 from vtp import UserError, constant, download, normalize
 
 # ----- Sources --------------------------------------------------------------------------------------------
@@ -597,32 +603,45 @@ def draw_boxes(uniform, area):
     return torch.stack((uniform[20] * (1 - width), uniform[21] * (1 - height), width, height))
 
 
-def resampling_matrix(start, length, in_size, out_size, flip=None):
+def resampling_taps(start, length, in_size, out_size, flip=None):
     """Bicubic resampling of spans of a line, antialiased as Pillow's: start, length (B,) in pixels, flip (B,)
-    bool -> (B, out_size, in_size)."""
-    scale = (length / out_size)[:, None, None]
+    bool -> which K pixels make each of the span's, int64 (B, out_size, K), and their weights."""
+    scale = (length / out_size)[:, None]
     stretch = scale.clamp(min=1)  # the kernel widens where the image shrinks
-    places = torch.arange(out_size, device=start.device).view(1, -1, 1) + 0.5
+    places = torch.arange(out_size, device=start.device) + 0.5
     if flip is not None:
-        places = torch.where(flip[:, None, None], out_size - places, places)
-    centres = start[:, None, None] + places * scale
-    x = (torch.arange(in_size, device=start.device).view(1, 1, -1) + 0.5 - centres).abs() / stretch
+        places = torch.where(flip[:, None], out_size - places, places)
+    centres = start[:, None] + places * scale  # (B, out)
+    n_taps = min(2 * math.ceil(2 * max(in_size / out_size, 1)) + 1, in_size)  # as many as a whole line takes
+    first = (centres - 2 * stretch).floor().clamp(0, in_size - n_taps)
+    sources = first[:, :, None] + torch.arange(n_taps, device=start.device)
+    x = (sources + 0.5 - centres[:, :, None]).abs() / stretch[:, :, None]
     near, far = (1.5 * x - 2.5) * x * x + 1, ((-0.5 * x + 2.5) * x - 4) * x + 2  # Keys' cubic, a = -1/2
     weights = torch.where(x < 1, near, torch.where(x < 2, far, 0.0))
-    return weights / weights.sum(dim=-1, keepdim=True)
+    return sources.long(), weights / weights.sum(dim=-1, keepdim=True)
+
+
+def filter_lines(x, sources, weights):
+    """Weighted sums of K of the lines of images (B, 3, H, W), n of each: sources, weights (B, n, K) ->
+    (B, 3, W, n): transposed, so that a second filter takes the columns. A dense matrix in place of the taps
+    takes CPUs 10 times as long."""
+    B, _, H, W = x.shape
+    first = H * torch.arange(3 * B, device=x.device).view(B, 3, 1, 1)
+    bags, weights = (first + sources[:, None]).flatten(0, 2), weights[:, None].expand(-1, 3, -1, -1)
+    x = F.embedding_bag(bags, x.reshape(-1, W), mode="sum", per_sample_weights=weights.flatten(0, 2))
+    return x.view(B, 3, -1, W).transpose(2, 3)
 
 
 def resample(images, boxes, out_size, flip=None):
     """Images (B, 3, C, C) -> n crops of each, (n B, 3, out_size, out_size), crop by crop; boxes (4, n B),
-    flip (n B,) bool. An image's crops stand below each other, so that it is read once."""
-    B, C = len(images), images.shape[-1]
-    n = boxes.shape[1] // B
+    flip (n B,) bool."""
+    (B, _, C, _), n = images.shape, boxes.shape[1] // len(images)
     left, top, width, height = boxes * C
-    rows = resampling_matrix(top, height, C, out_size).view(n, B, out_size, C)
-    columns = resampling_matrix(left, width, C, out_size, flip).view(n, B, out_size, C)
-    x = rows.transpose(0, 1).reshape(B, 1, n * out_size, C) @ images  # (B, 3, n out, C)
-    x = x.view(B, 3, n, out_size, C) @ columns.permute(1, 0, 3, 2)[:, None]  # (B, 3, n, out, out)
-    return x.permute(2, 0, 1, 3, 4).reshape(n * B, 3, out_size, out_size)
+    rows = (x.unflatten(0, (n, B)).transpose(0, 1).flatten(1, 2)
+            for x in resampling_taps(top, height, C, out_size))  # (B, n out, K)
+    x = filter_lines(images, *rows).unflatten(3, (n, out_size))  # (B, 3, C, n, out)
+    x = x.permute(3, 0, 1, 2, 4).flatten(0, 1)  # (n B, 3, C, out)
+    return filter_lines(x, *resampling_taps(left, width, C, out_size, flip))
 
 
 def clip_view(canvases, generator, batch_size, size, n_decoded=0):
@@ -636,7 +655,7 @@ def clip_view(canvases, generator, batch_size, size, n_decoded=0):
         corners = (uniform[20:] * (C - size + 1)).floor()  # (2, b), in whole pixels
         cuts = torch.cat((corners, torch.full_like(corners, size))) / C
         boxes = torch.where(torch.arange(len(canvases), device=boxes.device) < n_decoded, cuts, boxes)
-    return normalize(resample(canvases.float() / 255, boxes, size).clamp(0, 1))
+    return normalize(resample(canvases.float() / 255, boxes, size).clamp(0, 1)).contiguous()
 
 
 def to_grey(x):
@@ -644,30 +663,26 @@ def to_grey(x):
     return (x * constant((0.2989, 0.587, 0.114), x.device).view(3, 1, 1)).sum(dim=1, keepdim=True)
 
 
-def away_from(x, reference, change):
-    """x in [0, 1] moved from a reference by a factor 1 + change, as torchvision's adjustments."""
-    return (reference + (1 + change) * (x - reference)).clamp(0, 1)
-
-
 def adjust_brightness(x, change):
     """x (B, 3, H, W) in [0, 1] by a change (B, 1, 1, 1), 0 for none; so the others."""
-    return away_from(x, 0.0, change)
+    return (x * (1 + change)).clamp(0, 1)
 
 
 def adjust_contrast(x, change):
-    """About the mean brightness of each image."""
-    return away_from(x, to_grey(x).mean(dim=(2, 3), keepdim=True), change)
+    """Away from the mean brightness of each image."""
+    return torch.lerp(to_grey(x).mean(dim=(2, 3), keepdim=True), x, 1 + change).clamp(0, 1)
 
 
 def adjust_saturation(x, change):
-    """About the brightness of each pixel."""
-    return away_from(x, to_grey(x), change)
+    """Away from the brightness of each pixel."""
+    return torch.lerp(to_grey(x), x, 1 + change).clamp(0, 1)
 
 
 def adjust_hue(x, change):
     """Turn the hue, through HSV; a change of 1 is a whole turn."""
-    (r, g, b), value = x.unbind(1), x.amax(dim=1)
-    chroma = value - x.amin(dim=1)
+    r, g, b = x.unbind(1)
+    value = torch.maximum(torch.maximum(r, g), b)
+    chroma = value - torch.minimum(torch.minimum(r, g), b)
     safe = torch.where(chroma > 0, chroma, 1.0)
     below_red = torch.where(value == g, 2 + (b - r) / safe, 4 + (r - g) / safe)
     hue = torch.where(value == r, (g - b) / safe, below_red) + 6 * change[:, 0]  # in sixths of a turn
@@ -694,10 +709,10 @@ def gaussian_blur(x, sigma):
     kernel = torch.exp(-0.5 * (taps / sigma.clamp(min=1e-3)[:, None]) ** 2)
     kernel = kernel / kernel.sum(dim=1, keepdim=True)  # (B, 9)
     period = max(2 * (S - 1), 1)
-    source = (torch.arange(S, device=x.device)[:, None] + taps).abs() % period  # (S, 9): where each tap reads
-    source = torch.minimum(source, period - source).expand(len(x), -1, -1)
-    matrix = x.new_zeros(len(x), S, S).scatter_add(2, source, kernel[:, None].expand(-1, S, -1))[:, None]
-    return matrix @ x @ matrix.transpose(-2, -1)
+    sources = (torch.arange(S, device=x.device)[:, None] + taps).abs() % period  # (S, 9)
+    sources = torch.minimum(sources, period - sources).expand(len(x), -1, -1)
+    kernel = kernel[:, None].expand(-1, S, -1)
+    return filter_lines(filter_lines(x, sources, kernel), sources, kernel)
 
 
 def augment(canvases, uniform, size, area, blur_rates, solarize_rates, order):
@@ -711,7 +726,7 @@ def augment(canvases, uniform, size, area, blur_rates, solarize_rates, order):
     if any(solarize_rates):
         is_solarized = (uniform[31] < constant(solarize_rates, x.device)[:, None]).reshape(-1, 1, 1, 1)
         x = torch.where(is_solarized & (x >= 128 / 255), 1 - x, x)
-    return normalize(x)
+    return normalize(x).contiguous()
 
 
 def ssl_views(canvases, generator, batch_size, global_size, local_size, n_local):
@@ -767,7 +782,7 @@ def draw_masks(generator, batch_size, grid, ratio=(0.1, 0.5), n_rounds=16):
         masks = masks | (block & accept[:, None, None])
         left = left - torch.where(accept, added, 0)
     # what is missing: unmasked patches with most masked neighbours first
-    padded = torch.nn.functional.pad(masks.float(), (1, 1, 1, 1))
+    padded = F.pad(masks.float(), (1, 1, 1, 1))
     neighbours = padded[:, :-2, 1:-1] + padded[:, 2:, 1:-1] + padded[:, 1:-1, :-2] + padded[:, 1:-1, 2:]
     score = torch.where(masks.flatten(1), -1.0, neighbours.flatten(1) + noise)
     position = score.argsort(dim=1, descending=True).argsort(dim=1)
@@ -1129,3 +1144,123 @@ def render_scenes(indices, split, size=64, seed=0):
     Labels are positions in SHAPES. A scene depends on (seed, split, index); size is just its sharpness."""
     p = draw_parameters(indices, split, seed)
     return draw_images(p, size), [write_caption(p, i)[0] for i in range(len(p["shape"]))], p["shape"]
+
+
+# ----- How fast it is: python data.py --benchmark ---------------------------------------------------------
+
+H100_PAIRS = dict(small=1385, large=253)  # a second in training at 256 px, as measured
+
+
+def plain_decode(raw, canvas):
+    """A file's bytes -> a canvas, as Pillow makes it without more ado."""
+    return ImageOps.fit(Image.open(io.BytesIO(raw)).convert("RGB"), (canvas, canvas), Image.BICUBIC)
+
+
+def plain_view(image, size, area, rng):
+    """A crop of DINOv2's of one image by Pillow, as torchvision makes it -> uint8 (size, size, 3)."""
+    box = draw_boxes(torch.from_numpy(rng.random((22, 1))), area)[:, 0] * image.width
+    left, top, width, height = box.tolist()
+    image = image.resize((size, size), Image.BICUBIC, (left, top, left + width, top + height))
+    image = ImageOps.mirror(image) if rng.random() < 0.5 else image
+    if rng.random() < 0.8:
+        for adjust, strength in ((ImageEnhance.Brightness, 0.4), (ImageEnhance.Contrast, 0.4),
+                                 (ImageEnhance.Color, 0.2)):
+            image = adjust(image).enhance(rng.uniform(1 - strength, 1 + strength))
+        hue, *rest = image.convert("HSV").split()
+        turn = round(rng.uniform(-0.1, 0.1) * 255)
+        hue = hue.point([(h + turn) % 256 for h in range(256)])
+        image = Image.merge("HSV", (hue, *rest)).convert("RGB")
+    image = image.convert("L").convert("RGB") if rng.random() < 0.2 else image
+    image = image.filter(ImageFilter.GaussianBlur(rng.uniform(0.1, 2.0))) if rng.random() < 0.5 else image
+    return np.asarray(image)
+
+
+def seconds_of(works, rounds=5):
+    """{name: function} -> {name: the median of the seconds that it takes}, in turn with the others."""
+    taken = {name: [] for name in works}
+    for _ in range(rounds + 1):
+        for name, work in works.items():
+            start = time.perf_counter()
+            work()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            taken[name].append(time.perf_counter() - start)
+    return {name: float(np.median(seconds[1:])) for name, seconds in taken.items()}  # the first warms up
+
+
+def time_parts(source, args, tokenize, canvas):
+    """Images a second, by one thread, of what a loader process and the device do: {name: rate}."""
+    raw, captions, canvases = [], [], []
+    for _, _, load in itertools.islice(each_sample(source, seed=0), args.images):
+        image, caption, _ = load()
+        if isinstance(source, TarSource):
+            sample, *_ = load.args
+            raw.append(next(sample[e] for e in sample if e.rpartition(".")[2] in IMAGE_EXTENSIONS))
+        else:
+            raw.append(Path(source.files[load.args[0]][0]).read_bytes())
+        captions.append(caption)
+        canvases.append(image)
+    images = [Image.fromarray(np.ascontiguousarray(x.transpose(1, 2, 0))) for x in canvases]
+    device, rng = "cuda" if torch.cuda.is_available() else "cpu", np.random.default_rng(0)
+    canvases, generator = torch.tensor(np.stack(canvases), device=device), step_generator(0, 0, device)
+    n, size, local = len(images), args.image_size, 3 * args.image_size // 8 // 16 * 16
+    crops = [(size, (0.9, 1.0)), *2 * [(size, (0.32, 1.0))], *args.n_local * [(local, (0.05, 0.32))]]
+
+    def make_views():
+        clip_view(canvases, generator, n, size)
+        ssl_views(canvases, generator, n, size, local, args.n_local)
+    seconds = seconds_of({
+        "decode": lambda: [load_canvas(io.BytesIO(x), canvas, True) for x in raw],
+        "plain decode": lambda: [plain_decode(x, canvas) for x in raw],
+        "tokens": lambda: tokenize(captions),
+        "views": make_views,
+        "plain views": lambda: [plain_view(image, *crop, rng) for image in images for crop in crops]})
+    print(f"{source.name}: {n} images of {sum(map(len, raw)) / n / 1e3:.0f} kB on average, views on {device}")
+    return {name: n / s for name, s in seconds.items()}
+
+
+def time_loader(source, args, tokenize, seconds=10):
+    """Images a second of a rank's loader as a whole."""
+    batches = iter(make_loader(SampleStream(source, args.batch_size, tokenize, 77, 0, args.workers)))
+    for _ in range(6 * max(args.workers, 1)):  # made ahead, and not at the pace
+        next(batches)
+    start = time.perf_counter()
+    for n_batches in itertools.count(1):
+        next(batches)
+        if (taken := time.perf_counter() - start) > seconds:
+            return n_batches * args.batch_size / taken
+
+
+@one_line_errors()
+def main(argv=None):
+    """Print how many images a second each part of the way from the disk to a step takes."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    option = parser.add_argument
+    option("--benchmark", action="store_true", required=True, help="what this file does if it is run")
+    option("--data", required=True, help="a folder of class folders, or tars, as in training")
+    option("--label", default="cls", help="tars: where the class is, as in training [cls]")
+    option("--bpe", help="path of CLIP's bpe_simple_vocab_16e6.txt.gz [fetched once]")
+    option("--image_size", type=int, default=256, help="side in pixels [256]")
+    option("--n_local", type=int, default=8, help="local crops a sample [8]")
+    option("--images", type=int, default=32, help="how many the parts are measured with [32]")
+    option("--batch_size", type=int, default=64, help="of a rank [64]")
+    option("--workers", type=int, default=default_workers("data"), help="loader processes [as in training]")
+    args, tokenize = parser.parse_args(argv), None
+    torch.set_num_threads(1)
+    keep_freed_memory()
+    canvas = math.ceil(5 / 4 * args.image_size)
+    source, tokenize = open_source(args.data, canvas, label=args.label, needs_caption=False), ClipBPE(args.bpe)
+    rates = time_parts(source, args, tokenize, canvas)
+    one_process = 1 / (1 / rates["decode"] + 1 / rates["tokens"])
+    needed = [f"{math.ceil(pairs / one_process)} for {name} ({pairs:,} pairs a second)"
+              for name, pairs in H100_PAIRS.items()]
+    print(f"""images a second, median of 5 rounds                        here    Pillow, one by one
+decoded to {canvas} px, a process{rates['decode']:>35,.0f}{rates['plain decode']:>22,.0f}
+captions to tokens, a process{rates['tokens']:>34,.0f}
+1 + 2 + {args.n_local} views of {args.image_size} px, a thread or GPU{rates['views']:>23,.0f}{rates['plain views']:>22,.0f}
+loader, {args.workers} processes{time_loader(source, args, tokenize):>43,.0f}
+processes that keep one H100 busy: {', '.join(needed)}""")
+
+
+if __name__ == "__main__":
+    main()

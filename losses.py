@@ -12,6 +12,7 @@ whole batch where its definition does. It returns the mean over this rank's shar
 is the global batch's loss, and the mean of its gradients, as DDP computes it, that loss's gradient.
 """
 import contextlib
+import ctypes
 import multiprocessing
 import os
 import signal
@@ -352,6 +353,14 @@ def fail(message):
         print(file=sys.stderr)                  # behind a progress bar
     print(f"{os.path.basename(sys.argv[0])}: error: {' '.join(message.split())}", file=sys.stderr, flush=True)
     sys.exit(2)
+
+
+def keep_freed_memory():
+    """Let the C library keep freed blocks: else the kernel hands each activation of a CPU step out anew."""
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(-3, 2 ** 30)          # M_MMAP_THRESHOLD
+        libc.mallopt(-1, 2 ** 31 - 1)      # M_TRIM_THRESHOLD
 
 
 @contextlib.contextmanager

@@ -45,11 +45,11 @@ import evaluate
 from dit import (DIT_SIZES, METHODS, SAMPLING, DiT, draw_timesteps, flow_loss, flow_path, generate,
                  noise_and_labels, read_lightningdit)
 from losses import (barrier, by_first_rank, first_on_node, gather_objects, init_distributed,
-                    leave_distributed, one_line_errors, rank, world_size)
+                    keep_freed_memory, leave_distributed, one_line_errors, rank, world_size)
 from train_tokenizer import (CapturedStep, Log, Saving, Settings, absolute, add_to_totals, check_paths,
                              compile_blocks, count, count_flops, finite_on_all_ranks, folder_or_name,
-                             is_compiled, keep_freed_memory, load_checkpoint, not_negative, part, positive,
-                             save_checkpoint, share, warmed_up_cosine, whole, wrap_in_ddp)
+                             is_compiled, load_checkpoint, not_negative, part, positive, save_checkpoint,
+                             share, warmed_up_cosine, whole, wrap_in_ddp)
 from vtp import (VTP, UserError, claim_folder, find_checkpoint, is_leftover, normalize, read_config,
                  release_folder, write_atomically)
 

@@ -24,7 +24,6 @@ import argparse
 import atexit
 import contextlib
 import copy
-import ctypes
 import functools
 import json
 import math
@@ -51,8 +50,8 @@ import data
 import evaluate
 from losses import (LPIPS, Discriminator, adaptive_weight, by_first_rank, clip_loss, cross_entropy,
                     dino_loss, discriminator_loss, fail, first_on_node, gather_objects, generator_loss,
-                    ibot_loss, init_distributed, koleo_loss, leave_distributed, one_line_errors, rank,
-                    reconstruction_loss, sinkhorn_knopp, sum_over_ranks, world_size)
+                    ibot_loss, init_distributed, keep_freed_memory, koleo_loss, leave_distributed,
+                    one_line_errors, rank, reconstruction_loss, sinkhorn_knopp, sum_over_ranks, world_size)
 from vtp import (VTP, VTP_SIZES, SSLHead, UserError, claim_folder, denormalize, find_checkpoint,
                  is_leftover, load_tensors, read_config, read_safetensors, run_block, samples_kept,
                  vtp_config, write_atomically)
@@ -1086,14 +1085,6 @@ def add_to_totals(totals, values, is_finite):
     for name, value in {**values, **counts}.items():
         totals.setdefault(name, torch.zeros((), device=value.device))
         totals[name] += value.detach() if name == "steps" else torch.where(is_finite, value.detach(), 0.0)
-
-
-def keep_freed_memory():
-    """Let the C library keep freed blocks: else the kernel hands each activation of a CPU step out anew."""
-    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
-    if hasattr(libc, "mallopt"):
-        libc.mallopt(-3, 2 ** 30)          # M_MMAP_THRESHOLD
-        libc.mallopt(-1, 2 ** 31 - 1)      # M_TRIM_THRESHOLD
 
 
 # ----- Shared with train_dit.py: checkpoints and the log --------------------------------------------------
