@@ -623,8 +623,8 @@ def resampling_taps(start, length, in_size, out_size, flip=None):
 
 def filter_lines(x, sources, weights):
     """Weighted sums of K of the lines of images (B, 3, H, W), n of each: sources, weights (B, n, K) ->
-    (B, 3, W, n): transposed, so that a second filter takes the columns. A dense matrix in place of the taps
-    takes CPUs 10 times as long."""
+    (B, 3, W, n): transposed, so that a second filter takes the columns. A product with a matrix of all lines
+    takes a CPU 10 times as long at 256 px."""
     B, _, H, W = x.shape
     first = H * torch.arange(3 * B, device=x.device).view(B, 3, 1, 1)
     bags, weights = (first + sources[:, None]).flatten(0, 2), weights[:, None].expand(-1, 3, -1, -1)
@@ -1192,14 +1192,18 @@ def time_parts(source, args, tokenize, canvas):
     """Images a second, by one thread, of what a loader process and the device do: {name: rate}."""
     raw, captions, canvases = [], [], []
     for _, _, load in itertools.islice(each_sample(source, seed=0), args.images):
-        image, caption, _ = load()
+        sample = EvaluationSet.decode((None, None, load))
+        if isinstance(sample, BadSample):
+            continue
         if isinstance(source, TarSource):
-            sample, *_ = load.args
-            raw.append(next(sample[e] for e in sample if e.rpartition(".")[2] in IMAGE_EXTENSIONS))
+            files, *_ = load.args
+            raw.append(next(files[e] for e in files if e.rpartition(".")[2] in IMAGE_EXTENSIONS))
         else:
             raw.append(Path(source.files[load.args[0]][0]).read_bytes())
-        captions.append(caption)
-        canvases.append(image)
+        captions.append(sample[1])
+        canvases.append(sample[0])
+    if not raw:
+        raise UserError(f"{source.name}: none of the first {args.images} samples can be used")
     images = [Image.fromarray(np.ascontiguousarray(x.transpose(1, 2, 0))) for x in canvases]
     device, rng = "cuda" if torch.cuda.is_available() else "cpu", np.random.default_rng(0)
     canvases, generator = torch.tensor(np.stack(canvases), device=device), step_generator(0, 0, device)
@@ -1245,7 +1249,7 @@ def main(argv=None):
     option("--images", type=int, default=32, help="how many the parts are measured with [32]")
     option("--batch_size", type=int, default=64, help="of a rank [64]")
     option("--workers", type=int, default=default_workers("data"), help="loader processes [as in training]")
-    args, tokenize = parser.parse_args(argv), None
+    args = parser.parse_args(argv)
     torch.set_num_threads(1)
     keep_freed_memory()
     canvas = math.ceil(5 / 4 * args.image_size)

@@ -48,8 +48,8 @@ from losses import (barrier, by_first_rank, first_on_node, gather_objects, init_
                     keep_freed_memory, leave_distributed, one_line_errors, rank, world_size)
 from train_tokenizer import (CapturedStep, Log, Saving, Settings, absolute, add_to_totals, check_paths,
                              compile_blocks, count, count_flops, finite_on_all_ranks, folder_or_name,
-                             is_compiled, load_checkpoint, not_negative, part, positive, save_checkpoint,
-                             share, warmed_up_cosine, whole, wrap_in_ddp)
+                             load_checkpoint, not_negative, part, positive, save_checkpoint, share,
+                             should_compile, warmed_up_cosine, whole, wrap_in_ddp)
 from vtp import (VTP, UserError, claim_folder, find_checkpoint, is_leftover, normalize, read_config,
                  release_folder, write_atomically)
 
@@ -619,7 +619,7 @@ def build_state(args, cache, device):
     sizes = dict(**DIT_SIZES[args.model], input_size=h, in_channels=d, use_qk_norm=args.qk_norm, **condition)
     model, ema = DiT(**sizes).to(device), DiT(**sizes).to(device).requires_grad_(False)
     ema.load_state_dict(model.state_dict())
-    if is_compiled(args, device, device.type == "cuda" or args.samples // args.batch_size >= 10_000):
+    if should_compile(args, device, device.type == "cuda" or args.samples // args.batch_size >= 10_000):
         compile_blocks(model, ema)
     group = dict(params=[p for p in model.parameters() if p.requires_grad], lr=torch.zeros((), device=device))
     optimizer = torch.optim.AdamW([group], betas=BETAS, weight_decay=0.0, fused=True,
@@ -763,7 +763,7 @@ def generate_set(args, device):
     if of_set is None:
         return print(f"{args.sample} images are in {args.out} already") if rank() == 0 else None
     stats = tuple(x.to(device) for x in stats)
-    if is_compiled(args, device, device.type == "cuda" and args.sample >= 10_000):
+    if should_compile(args, device, device.type == "cuda" and args.sample >= 10_000):
         compile_blocks(model)
     paths = [os.path.join(folder, f"{i:06d}.png") for i in range(args.sample)]
     own, writers = range(rank(), args.sample, world_size()), ThreadPoolExecutor(4)

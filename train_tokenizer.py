@@ -459,7 +459,7 @@ def build_state(args, config, device):
         if tower is not None:
             tower.checkpoint_blocks = args.checkpoint_blocks
     parts = (stage_2_parts if args.stage == 2 else stage_1_parts)(args, config, model, device)
-    if is_compiled(args, device, device.type == "cuda" or args.samples // args.batch_size >= 10_000):
+    if should_compile(args, device, device.type == "cuda" or args.samples // args.batch_size >= 10_000):
         compile_blocks(model, parts["student" if args.stage == 2 else "teacher"])
     for name in ("objectives", "discriminate"):
         if parts.get(name) is not None:
@@ -950,7 +950,7 @@ def warmed_up_cosine(peak, end, warmup, step, n_steps):
     return cosine(peak, end, (step / n_steps - warmup) / (1 - warmup + 1e-12))
 
 
-def is_compiled(args, device, pays):
+def should_compile(args, device, pays):
     """--compile, or whether it pays; where torch.compile does not work, no, and a line says why."""
     wanted = pays if args.compile is None else args.compile
     if wanted and device.type == "cpu":     # a C++ compiler or Python's headers may be missing

@@ -1,10 +1,12 @@
 """Data: the built-in set, text, files of every kind, broken ones, how a run goes on; views and
 masks made in batch."""
 import colorsys
+import functools
 import io
 import itertools
 import json
 import os
+import re
 import subprocess
 import sys
 import tarfile
@@ -348,6 +350,22 @@ def test_an_endless_sequence_has_every_row_once_an_epoch():
     assert (rows != rows_at(np.arange(35), 10, seed=5)).any()
     some = np.array([31, 4, 17, 9])
     assert (rows_at(some, 10, seed=4) == rows[some]).all()
+
+
+def test_the_benchmark_measures_what_it_names(tmp_path, monkeypatch, capsys):
+    folder = make_folder(tmp_path / "f")
+    write_tar(str(tmp_path / "a.tar"), [sample(1, png=b"broken"), *map(sample, range(20))])
+    monkeypatch.setattr(data, "ClipBPE", lambda path: word_tokenizer)
+    monkeypatch.setattr(data, "time_loader", functools.partial(data.time_loader, seconds=0.1))
+    for where in (folder, str(tmp_path / "a.tar")):
+        data.main(["--benchmark", "--data", where, "--image_size", "64", "--images", "8", "--batch_size", "4",
+                   "--n_local", "2", "--workers", "0"])
+        printed = capsys.readouterr().out
+        rates = [int(n.replace(",", "")) for n in re.findall(r" {4}([\d,]+)", printed)]
+        assert len(rates) == 6 and min(rates) > 0, printed
+    with pytest.raises(SystemExit):
+        data.main(["--benchmark", "--data", str(tmp_path / "nowhere")])
+    assert "no data at" in capsys.readouterr().err
 
 
 # --- how a run goes on ---

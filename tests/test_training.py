@@ -1076,7 +1076,7 @@ def test_a_captured_step_reads_new_inputs_and_schedules_and_compiles_nothing_ane
                                                                                   monkeypatch, more):
     n_steps, curves = train.CapturedStep.WARM_UP + 4, []
     # dynamo's guards are what is tested: no C++ compiler is needed
-    monkeypatch.setattr(train, "is_compiled", lambda *_: True)
+    monkeypatch.setattr(train, "should_compile", lambda *_: True)
     monkeypatch.setattr(torch.nn.Module, "compile",
                         functools.partialmethod(torch.nn.Module.compile, backend="eager"))
     for captured in (False, True):
