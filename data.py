@@ -205,7 +205,7 @@ class FolderSource:
 class TarSource:
     """WebDataset tars: KEY.jpg (or another image), KEY.txt or KEY.json (its "caption"), perhaps KEY.cls.
     label: "cls" or a field of KEY.json; a label is a number or one of class_names. In training a reader
-    shuffles shuffle_buffer samples at a time, from at_once shards."""
+    shuffles shuffle_buffer samples at a time, from at_once shards if it has so many in an epoch."""
     def __init__(self, paths, canvas, class_names=None, label="cls", needs_caption=True, shuffle_buffer=1024,
                  at_once=4, squash=False):
         self.paths, self.canvas, self.class_names, self.label = paths, canvas, class_names, label
@@ -384,6 +384,9 @@ class SampleStream(torch.utils.data.IterableDataset):
         self.rank, self.world, self.n_workers = rank(), world_size(), n_workers
         self.roles = max(n_workers, 1)  # readers of this rank
         n_readers = self.roles * self.world
+        states = () if place is None else place["readers"].values()
+        if isinstance(source, TarSource) and not all("open" in state for state in states):
+            raise ValueError("the checkpoint's place in the tars is of an older version of data.py")
         if place is None:
             parts = math.ceil(n_readers / len(source.paths)) if isinstance(source, TarSource) else 1
             place = dict(batches=0, parts=parts, readers={}, next=0, open={}, skipped={})
@@ -727,6 +730,11 @@ def augment(canvases, uniform, size, area, blur_rates, solarize_rates, order):
         is_solarized = (uniform[31] < constant(solarize_rates, x.device)[:, None]).reshape(-1, 1, 1, 1)
         x = torch.where(is_solarized & (x >= 128 / 255), 1 - x, x)
     return normalize(x).contiguous()
+
+
+def local_crop_size(image_size, patch_size):
+    """3/8 of the side in whole patches: of 256 pixels 96, as DINOv2's."""
+    return max(1, math.floor(image_size // patch_size * 3 / 8 + 0.5)) * patch_size
 
 
 def ssl_views(canvases, generator, batch_size, global_size, local_size, n_local):
@@ -1156,11 +1164,13 @@ def plain_decode(raw, canvas):
     return ImageOps.fit(Image.open(io.BytesIO(raw)).convert("RGB"), (canvas, canvas), Image.BICUBIC)
 
 
-def plain_view(image, size, area, rng):
-    """A crop of DINOv2's of one image by Pillow, as torchvision makes it -> uint8 (size, size, 3)."""
+def plain_view(image, size, area, rng, augmented):
+    """A crop of an image by Pillow, augmented as DINOv2's, as torchvision does it -> uint8 (size, size, 3)."""
     box = draw_boxes(torch.from_numpy(rng.random((22, 1))), area)[:, 0] * image.width
     left, top, width, height = box.tolist()
     image = image.resize((size, size), Image.BICUBIC, (left, top, left + width, top + height))
+    if not augmented:
+        return np.asarray(image)
     image = ImageOps.mirror(image) if rng.random() < 0.5 else image
     if rng.random() < 0.8:
         for adjust, strength in ((ImageEnhance.Brightness, 0.4), (ImageEnhance.Contrast, 0.4),
@@ -1189,11 +1199,12 @@ def seconds_of(works, rounds=5):
 
 
 def time_parts(source, args, tokenize, canvas):
-    """Images a second, by one thread, of what a loader process and the device do: {name: rate}."""
-    raw, captions, canvases = [], [], []
+    """Images a second of what a loader process does, and the device: {name: rate}, medians of 5 rounds."""
+    raw, captions, canvases, skipped = [], [], [], Counter()
     for _, _, load in itertools.islice(each_sample(source, seed=0), args.images):
         sample = EvaluationSet.decode((None, None, load))
         if isinstance(sample, BadSample):
+            skipped[str(sample)] += 1
             continue
         if isinstance(source, TarSource):
             files, *_ = load.args
@@ -1203,12 +1214,13 @@ def time_parts(source, args, tokenize, canvas):
         captions.append(sample[1])
         canvases.append(sample[0])
     if not raw:
-        raise UserError(f"{source.name}: none of the first {args.images} samples can be used")
+        raise UserError(f"{source.name}: none of {args.images} samples can be used: {dict(skipped)}")
     images = [Image.fromarray(np.ascontiguousarray(x.transpose(1, 2, 0))) for x in canvases]
     device, rng = "cuda" if torch.cuda.is_available() else "cpu", np.random.default_rng(0)
     canvases, generator = torch.tensor(np.stack(canvases), device=device), step_generator(0, 0, device)
-    n, size, local = len(images), args.image_size, 3 * args.image_size // 8 // 16 * 16
-    crops = [(size, (0.9, 1.0)), *2 * [(size, (0.32, 1.0))], *args.n_local * [(local, (0.05, 0.32))]]
+    n, size, local = len(images), args.image_size, local_crop_size(args.image_size, 16)
+    of_local = args.n_local * [(local, (0.05, 0.32), rng, True)]
+    crops = [(size, (0.9, 1.0), rng, False), *2 * [(size, (0.32, 1.0), rng, True)], *of_local]
 
     def make_views():
         clip_view(canvases, generator, n, size)
@@ -1218,7 +1230,7 @@ def time_parts(source, args, tokenize, canvas):
         "plain decode": lambda: [plain_decode(x, canvas) for x in raw],
         "tokens": lambda: tokenize(captions),
         "views": make_views,
-        "plain views": lambda: [plain_view(image, *crop, rng) for image in images for crop in crops]})
+        "plain views": lambda: [plain_view(image, *crop) for image in images for crop in crops]})
     print(f"{source.name}: {n} images of {sum(map(len, raw)) / n / 1e3:.0f} kB on average, views on {device}")
     return {name: n / s for name, s in seconds.items()}
 
@@ -1238,11 +1250,13 @@ def time_loader(source, args, tokenize, seconds=10):
 @one_line_errors()
 def main(argv=None):
     """Print how many images a second each part of the way from the disk to a step takes."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    as_written = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=as_written)
     option = parser.add_argument
     option("--benchmark", action="store_true", required=True, help="what this file does if it is run")
     option("--data", required=True, help="a folder of class folders, or tars, as in training")
     option("--label", default="cls", help="tars: where the class is, as in training [cls]")
+    option("--classnames", help="a file with a class name on each line, as in training")
     option("--bpe", help="path of CLIP's bpe_simple_vocab_16e6.txt.gz [fetched once]")
     option("--image_size", type=int, default=256, help="side in pixels [256]")
     option("--n_local", type=int, default=8, help="local crops a sample [8]")
@@ -1250,20 +1264,25 @@ def main(argv=None):
     option("--batch_size", type=int, default=64, help="of a rank [64]")
     option("--workers", type=int, default=default_workers("data"), help="loader processes [as in training]")
     args = parser.parse_args(argv)
+    if min(args.image_size, args.images, args.batch_size) < 1 or min(args.n_local, args.workers) < 0:
+        raise ValueError("sizes and numbers must be positive")
     torch.set_num_threads(1)
     keep_freed_memory()
-    canvas = math.ceil(5 / 4 * args.image_size)
-    source, tokenize = open_source(args.data, canvas, label=args.label, needs_caption=False), ClipBPE(args.bpe)
+    canvas, tokenize = math.ceil(5 / 4 * args.image_size), ClipBPE(args.bpe)
+    source = open_source(args.data, canvas, classnames=args.classnames, label=args.label, needs_caption=False)
     rates = time_parts(source, args, tokenize, canvas)
     one_process = 1 / (1 / rates["decode"] + 1 / rates["tokens"])
     needed = [f"{math.ceil(pairs / one_process)} for {name} ({pairs:,} pairs a second)"
               for name, pairs in H100_PAIRS.items()]
-    print(f"""images a second, median of 5 rounds                        here    Pillow, one by one
-decoded to {canvas} px, a process{rates['decode']:>35,.0f}{rates['plain decode']:>22,.0f}
-captions to tokens, a process{rates['tokens']:>34,.0f}
-1 + 2 + {args.n_local} views of {args.image_size} px, a thread or GPU{rates['views']:>23,.0f}{rates['plain views']:>22,.0f}
-loader, {args.workers} processes{time_loader(source, args, tokenize):>43,.0f}
-processes that keep one H100 busy: {', '.join(needed)}""")
+    views = f"1 + 2 + {args.n_local} views of {args.image_size} px, a thread or GPU"
+    print(f"{'images a second':<52}{'here':>10}{'Pillow, one by one':>22}")
+    for name, part, plain in ((f"decoded to {canvas} px, a process", "decode", "plain decode"),
+                              ("captions to tokens, a process", "tokens", None),
+                              (views, "views", "plain views")):
+        print(f"{name:<52}{rates[part]:>10,.0f}" + (f"{rates[plain]:>22,.0f}" if plain else ""))
+    print(f"{f'loader, {args.workers} processes':<52}{time_loader(source, args, tokenize):>10,.0f}")
+    if args.image_size == 256:
+        print(f"processes that keep one H100 busy: {', '.join(needed)}")
 
 
 if __name__ == "__main__":

@@ -63,7 +63,7 @@ class Modulation(nn.Sequential):
 
     def forward(self, conditions, rows):
         vectors = super().forward(conditions)  # (C, n dim)
-        return (vectors if rows is None else vectors[rows]).unsqueeze(1).chunk(self.n, dim=-1)
+        return (vectors if rows is None else vectors.index_select(0, rows)).unsqueeze(1).chunk(self.n, dim=-1)
 
 
 class DiTBlock(nn.Module):
@@ -306,7 +306,7 @@ def sample(model, noise, y, steps=250, method="euler", shift=1.0, guidance=1.0, 
     """Normalised latents (B, d, h, w) from noise of that shape and y, labels (B,) or texts' features.
     steps: points of the time grid, one more than integration steps (the authors' count). guidance > 1 acts at
     times interval[0] <= t <= interval[1]; elsewhere the null branch is not computed. Embeddings are computed
-    once, and modulations once for each step and class, or each step and sample where classes are more."""
+    once, and modulations once for each step and class, or for each sample of texts or of more classes."""
     if method not in METHODS or steps < 2:
         raise ValueError(f"method {method!r}, steps {steps}: not of {', '.join(METHODS)}, or under 2 points")
     times = time_grid(steps, shift)

@@ -359,9 +359,11 @@ class NpzRows:
             version = np.lib.format.read_magic(self.file)
             read_header = getattr(np.lib.format, "read_array_header_{}_{}".format(*version))
             self.shape, self.is_fortran, self.dtype = read_header(self.file)
+            self.start, self.row_bytes = self.file.tell(), math.prod(self.shape[1:]) * self.dtype.itemsize
+            if self.start + len(self) * self.row_bytes != archive.getinfo("arr_0.npy").file_size:
+                raise ValueError(f"arr_0 is not as large as its shape, {self.shape}, says")
         except Exception as error:  # on broken bytes zipfile and NumPy raise almost anything
             raise ValueError(f"{path} cannot be read: {error}") from error
-        self.start, self.row_bytes = self.file.tell(), math.prod(self.shape[1:]) * self.dtype.itemsize
 
     def __len__(self):
         return self.shape[0]

@@ -277,7 +277,7 @@ def make_views(args, config, step, images, tokens):
         views["tokens"] = in_chunks(tokens, n)
     if args.lambda_ssl > 0:
         B, n_local, drop_path = args.ssl_batch_size, args.n_local, args.drop_path_ssl
-        local_size = max(1, math.floor(grid * 3 / 8 + 0.5)) * config.vision_patch_size      # 96 of 256
+        local_size = data.local_crop_size(config.image_size, config.vision_patch_size)
         crops = data.ssl_views(images[:b_ssl], generator, B, config.image_size, local_size, n_local)
         views["global_crops"], views["local_crops"] = (in_chunks(x, n, len(x) // b_ssl) for x in crops)
         masks = in_chunks(data.draw_masks(generator, B, (grid, grid), MASK_RATIO), n, 2)
@@ -953,15 +953,15 @@ def warmed_up_cosine(peak, end, warmup, step, n_steps):
 def should_compile(args, device, pays):
     """--compile, or whether it pays; where torch.compile does not work, no, and a line says why."""
     wanted = pays if args.compile is None else args.compile
-    if wanted and device.type == "cpu":     # a C++ compiler or Python's headers may be missing
-        try:
-            torch.compile(torch.neg)(torch.ones(2))
-        except Exception as error:
-            if rank() == 0:
-                reason = str(error).strip().split("\n")[0]
-                print(f"blocks are not compiled, as torch.compile fails here: {reason}")
-            return False
-    return wanted
+    try:
+        if wanted:      # a C++ compiler, Python's headers or Triton may be missing
+            torch.compile(torch.neg)(torch.ones(2, device=device))
+        return wanted
+    except Exception as error:
+        if rank() == 0:
+            reason = str(error).strip().removeprefix("backend='inductor' raised:").strip().split("\n")[0]
+            print(f"blocks are not compiled, as torch.compile fails here: {reason}")
+        return False
 
 
 def compile_blocks(*modules):

@@ -358,14 +358,16 @@ def test_the_benchmark_measures_what_it_names(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(data, "ClipBPE", lambda path: word_tokenizer)
     monkeypatch.setattr(data, "time_loader", functools.partial(data.time_loader, seconds=0.1))
     for where in (folder, str(tmp_path / "a.tar")):
-        data.main(["--benchmark", "--data", where, "--image_size", "64", "--images", "8", "--batch_size", "4",
+        data.main(["--benchmark", "--data", where, "--image_size", "32", "--images", "8", "--batch_size", "4",
                    "--n_local", "2", "--workers", "0"])
         printed = capsys.readouterr().out
         rates = [int(n.replace(",", "")) for n in re.findall(r" {4}([\d,]+)", printed)]
         assert len(rates) == 6 and min(rates) > 0, printed
-    with pytest.raises(SystemExit):
-        data.main(["--benchmark", "--data", str(tmp_path / "nowhere")])
-    assert "no data at" in capsys.readouterr().err
+    for more, message in ((["--data", str(tmp_path / "nowhere")], "no data at"),
+                          (["--data", folder, "--batch_size", "0"], "must be positive")):
+        with pytest.raises(SystemExit):
+            data.main(["--benchmark", *more])
+        assert message in capsys.readouterr().err
 
 
 # --- how a run goes on ---
@@ -410,6 +412,12 @@ def test_tars_go_on_exactly_with_as_many_readers(tars, n_workers):
         resumed = tar_stream(tars, n_workers=n_workers, place=place_after(stream, whole[:n]))
         rest = take(resumed, 25 - n)
         assert [numbers(b) for b in rest] == [numbers(b) for b in whole[n:]]
+
+
+def test_a_place_of_an_older_version_is_an_error(tars):
+    place = {**tar_stream(tars).place, "readers": {0: dict(visit=0, sample=0, given=3, skipped={})}}
+    with pytest.raises(ValueError, match="older version"):
+        tar_stream(tars, place=place)
 
 
 @pytest.mark.parametrize("buffer", [4, 50])             # less and more than a tar
@@ -869,7 +877,7 @@ def test_views_depend_on_seed_and_step_not_on_the_number_of_ranks(monkeypatch):
     for r in range(4):
         monkeypatch.setattr(data, "rank", lambda: r)
         for a, b in zip(whole, views(canvases[r::4])):
-            # matrix products of another size: 1e-7 of pixels, over a standard deviation of 0.22
+            # the mean of an image's brightness may be summed in another order: 1e-7, over a deviation of 0.22
             torch.testing.assert_close(b.float(), a[:, r::4].float(), atol=1e-5, rtol=1e-5)
 
 

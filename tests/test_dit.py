@@ -668,13 +668,14 @@ def setting(micro_model, finished, *more, device="cpu"):
     return args, state, make_batch
 
 
-@pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="needs a C++ compiler")
 def test_compiled_steps_follow_eager_ones(micro_model, finished):
     """To fp32's rounding: kernels of several operations round less often, and sum in another order. Adam's
     first steps are signs, which turn where a gradient is nearly 0: so the rate is small."""
     curves = []
     for more in ("--no-compile", "--compile"):
         _, state, make_batch = setting(micro_model, finished, more)
+        if more == "--compile" and state.model.blocks[0]._compiled_call_impl is None:
+            pytest.skip("torch.compile does not work here: it needs a C++ compiler and Python's headers")
         torch.manual_seed(0)
         with_lively_weights(state.model)        # else blocks are the identity
         state.optimizer.param_groups[0]["lr"].fill_(1e-5)
@@ -682,8 +683,8 @@ def test_compiled_steps_follow_eager_ones(micro_model, finished):
         for step in range(3):
             train_dit.train_step(state, make_batch(step))
             curves[-1].append([state.totals[name].item() for name in ("loss", "grad_norm")])
-    torch.testing.assert_close(*map(torch.tensor, curves), **FP32)
     torch._dynamo.reset()
+    torch.testing.assert_close(*map(torch.tensor, curves), **FP32)
 
 
 @pytest.mark.parametrize("num_classes", [3, 50])       # fewer and more than samples
