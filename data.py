@@ -1165,7 +1165,8 @@ def plain_decode(raw, canvas):
 
 
 def plain_view(image, size, area, rng, augmented):
-    """A crop of an image by Pillow, augmented as DINOv2's, as torchvision does it -> uint8 (size, size, 3)."""
+    """A crop of an image by Pillow, as torchvision makes it, with DINOv2's colours and blur if augmented ->
+    uint8 (size, size, 3)."""
     box = draw_boxes(torch.from_numpy(rng.random((22, 1))), area)[:, 0] * image.width
     left, top, width, height = box.tolist()
     image = image.resize((size, size), Image.BICUBIC, (left, top, left + width, top + height))
