@@ -252,9 +252,7 @@ class TarSource:
     def decode(self, sample, draft):
         if "broken tar" in sample:
             raise BadSample(sample["broken tar"])
-        extension = next((e for e in sample if e.rpartition(".")[2] in IMAGE_EXTENSIONS), None)
-        if extension is None:
-            raise BadSample("no image")
+        image = image_of(sample)
         try:
             fields = json.loads(sample.get("json", "{}"))
         except ValueError:
@@ -272,8 +270,15 @@ class TarSource:
             label = names.index(label) if label in names else int(label)
         except (ValueError, TypeError, OverflowError):
             raise BadSample("label is neither a number nor one of the class names") from None
-        image = decode_canvas(io.BytesIO(sample[extension]), self.canvas, draft, self.squash)
-        return image, caption, label
+        return decode_canvas(io.BytesIO(image), self.canvas, draft, self.squash), caption, label
+
+
+def image_of(sample):
+    """The bytes of the image in {extension: bytes}. BadSample if there is none."""
+    for extension, raw in sample.items():
+        if extension.rpartition(".")[2] in IMAGE_EXTENSIONS:
+            return raw
+    raise BadSample("no image")
 
 
 class TarHeader(tarfile.TarInfo):
@@ -730,6 +735,11 @@ def augment(canvases, uniform, size, area, blur_rates, solarize_rates, order):
         is_solarized = (uniform[31] < constant(solarize_rates, x.device)[:, None]).reshape(-1, 1, 1, 1)
         x = torch.where(is_solarized & (x >= 128 / 255), 1 - x, x)
     return normalize(x).contiguous()
+
+
+def canvas_size(image_size):
+    """The side of the canvases that views are cropped from."""
+    return math.ceil(5 / 4 * image_size)
 
 
 def local_crop_size(image_size, patch_size):
@@ -1202,30 +1212,28 @@ def seconds_of(works, rounds=5):
 def time_parts(source, args, tokenize, canvas):
     """Images a second of what a loader process does, and the device: {name: rate}, medians of 5 rounds."""
     raw, captions, canvases, skipped = [], [], [], Counter()
-    for _, _, load in itertools.islice(each_sample(source, seed=0), args.images):
-        sample = EvaluationSet.decode((None, None, load))
-        if isinstance(sample, BadSample):
-            skipped[str(sample)] += 1
+    for _, _, load in itertools.islice(each_sample(source, seed=0), 32):
+        try:
+            image, caption, _ = load()
+        except BadSample as reason:
+            skipped[str(reason)] += 1
             continue
-        if isinstance(source, TarSource):
-            files, *_ = load.args
-            raw.append(next(files[e] for e in files if e.rpartition(".")[2] in IMAGE_EXTENSIONS))
-        else:
-            raw.append(Path(source.files[load.args[0]][0]).read_bytes())
-        captions.append(sample[1])
-        canvases.append(sample[0])
+        item, is_tar = load.args[0], isinstance(source, TarSource)  # the tar's sample, or the file's number
+        raw.append(image_of(item) if is_tar else Path(source.files[item][0]).read_bytes())
+        captions.append(caption)
+        canvases.append(image)
     if not raw:
-        raise UserError(f"{source.name}: none of {args.images} samples can be used: {dict(skipped)}")
+        raise UserError(f"{source.name}: none of its first samples can be used: {dict(skipped)}")
     images = [Image.fromarray(np.ascontiguousarray(x.transpose(1, 2, 0))) for x in canvases]
     device, rng = "cuda" if torch.cuda.is_available() else "cpu", np.random.default_rng(0)
     canvases, generator = torch.tensor(np.stack(canvases), device=device), step_generator(0, 0, device)
     n, size, local = len(images), args.image_size, local_crop_size(args.image_size, 16)
-    of_local = args.n_local * [(local, (0.05, 0.32), rng, True)]
-    crops = [(size, (0.9, 1.0), rng, False), *2 * [(size, (0.32, 1.0), rng, True)], *of_local]
+    crops = [(size, (0.9, 1.0), rng, False), *2 * [(size, (0.32, 1.0), rng, True)],
+             *8 * [(local, (0.05, 0.32), rng, True)]]
 
     def make_views():
         clip_view(canvases, generator, n, size)
-        ssl_views(canvases, generator, n, size, local, args.n_local)
+        ssl_views(canvases, generator, n, size, local, 8)
     seconds = seconds_of({
         "decode": lambda: [load_canvas(io.BytesIO(x), canvas, True) for x in raw],
         "plain decode": lambda: [plain_decode(x, canvas) for x in raw],
@@ -1260,22 +1268,20 @@ def main(argv=None):
     option("--classnames", help="a file with a class name on each line, as in training")
     option("--bpe", help="path of CLIP's bpe_simple_vocab_16e6.txt.gz [fetched once]")
     option("--image_size", type=int, default=256, help="side in pixels [256]")
-    option("--n_local", type=int, default=8, help="local crops a sample [8]")
-    option("--images", type=int, default=32, help="how many the parts are measured with [32]")
     option("--batch_size", type=int, default=64, help="of a rank [64]")
     option("--workers", type=int, default=default_workers("data"), help="loader processes [as in training]")
     args = parser.parse_args(argv)
-    if min(args.image_size, args.images, args.batch_size) < 1 or min(args.n_local, args.workers) < 0:
+    if min(args.image_size, args.batch_size) < 1 or args.workers < 0:
         raise ValueError("sizes and numbers must be positive")
     torch.set_num_threads(1)
     keep_freed_memory()
-    canvas, tokenize = math.ceil(5 / 4 * args.image_size), ClipBPE(args.bpe)
+    canvas, tokenize = canvas_size(args.image_size), ClipBPE(args.bpe)
     source = open_source(args.data, canvas, classnames=args.classnames, label=args.label, needs_caption=False)
     rates = time_parts(source, args, tokenize, canvas)
     one_process = 1 / (1 / rates["decode"] + 1 / rates["tokens"])
     needed = [f"{math.ceil(pairs / one_process)} for {name} ({pairs:,} pairs a second)"
               for name, pairs in H100_PAIRS.items()]
-    views = f"1 + 2 + {args.n_local} views of {args.image_size} px, a thread or GPU"
+    views = f"1 + 2 + 8 views of {args.image_size} px, a thread or GPU"
     print(f"{'images a second':<52}{'here':>10}{'Pillow, one by one':>22}")
     for name, part, plain in ((f"decoded to {canvas} px, a process", "decode", "plain decode"),
                               ("captions to tokens, a process", "tokens", None),

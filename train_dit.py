@@ -619,7 +619,7 @@ def build_state(args, cache, device):
     sizes = dict(**DIT_SIZES[args.model], input_size=h, in_channels=d, use_qk_norm=args.qk_norm, **condition)
     model, ema = DiT(**sizes).to(device), DiT(**sizes).to(device).requires_grad_(False)
     ema.load_state_dict(model.state_dict())
-    if should_compile(args, device, device.type == "cuda" or args.samples // args.batch_size >= 10_000):
+    if should_compile(args, device):
         compile_blocks(model, ema)
     group = dict(params=[p for p in model.parameters() if p.requires_grad], lr=torch.zeros((), device=device))
     optimizer = torch.optim.AdamW([group], betas=BETAS, weight_decay=0.0, fused=True,

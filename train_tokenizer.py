@@ -459,7 +459,7 @@ def build_state(args, config, device):
         if tower is not None:
             tower.checkpoint_blocks = args.checkpoint_blocks
     parts = (stage_2_parts if args.stage == 2 else stage_1_parts)(args, config, model, device)
-    if should_compile(args, device, device.type == "cuda" or args.samples // args.batch_size >= 10_000):
+    if should_compile(args, device):
         compile_blocks(model, parts["student" if args.stage == 2 else "teacher"])
     for name in ("objectives", "discriminate"):
         if parts.get(name) is not None:
@@ -794,7 +794,7 @@ def main(argv=None):
 def open_data(args, config):
     """-> training source, text tokenizer, and this rank's held-out and gallery batches, or None for both."""
     needs_caption, size = args.lambda_clip > 0, config.image_size
-    canvas = args.canvas or (size if args.data is None else math.ceil(5 / 4 * size))
+    canvas = args.canvas or (size if args.data is None else data.canvas_size(size))
     common = dict(classnames=args.classnames, label=args.label, needs_caption=needs_caption,
                   hold_out_pairs=args.hold_out_pairs)
     tokenize = None
@@ -950,8 +950,11 @@ def warmed_up_cosine(peak, end, warmup, step, n_steps):
     return cosine(peak, end, (step / n_steps - warmup) / (1 - warmup + 1e-12))
 
 
-def should_compile(args, device, pays):
-    """--compile, or whether it pays; where torch.compile does not work, no, and a line says why."""
+def should_compile(args, device, pays=None):
+    """--compile, or whether it pays: to train on CUDA, and on a CPU for 10,000 steps. Where torch.compile
+    does not work, no, and a line says why."""
+    if pays is None:
+        pays = device.type == "cuda" or args.samples // args.batch_size >= 10_000
     wanted = pays if args.compile is None else args.compile
     try:
         if wanted:      # a C++ compiler, Python's headers or Triton may be missing

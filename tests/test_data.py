@@ -358,8 +358,8 @@ def test_the_benchmark_measures_what_it_names(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(data, "ClipBPE", lambda path: word_tokenizer)
     monkeypatch.setattr(data, "time_loader", functools.partial(data.time_loader, seconds=0.1))
     for where in (folder, str(tmp_path / "a.tar")):
-        data.main(["--benchmark", "--data", where, "--image_size", "32", "--images", "8", "--batch_size", "4",
-                   "--n_local", "2", "--workers", "0"])
+        data.main(["--benchmark", "--data", where, "--image_size", "32", "--batch_size", "4",
+                   "--workers", "0"])
         printed = capsys.readouterr().out
         rates = [int(n.replace(",", "")) for n in re.findall(r" {4}([\d,]+)", printed)]
         assert len(rates) == 6 and min(rates) > 0, printed
